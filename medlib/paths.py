@@ -1,0 +1,33 @@
+"""Where things are: the project's folders, and what a relative path means."""
+
+import os
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = PROJECT / "notebooks"
+DATA = PROJECT / "data"
+SPLITS = DATA / "splits"
+RESULTS = DATA / "results"
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """An absolute path. Relative ones start at the working directory, or at the project's root inside ``notebooks/``.
+
+    JupyterLab and nbval run a notebook in its own folder, papermill in the folder of its caller: with this rule
+    ``runs`` means the same folder for all three.
+    """
+    expanded = Path(path).expanduser()
+    base = Path.cwd()
+    if base == NOTEBOOKS or NOTEBOOKS in base.parents:
+        base = PROJECT
+    return expanded if expanded.is_absolute() else base / expanded
+
+
+def shorten(path: str | os.PathLike[str]) -> str:
+    """``path`` as text for a reader: relative to the project's root where it lies inside, else with ``~`` for home."""
+    absolute = Path(path).absolute()
+    if absolute.is_relative_to(PROJECT):
+        return str(absolute.relative_to(PROJECT))
+    if absolute.is_relative_to(Path.home()):
+        return str(Path("~") / absolute.relative_to(Path.home()))
+    return str(absolute)
