@@ -1,0 +1,103 @@
+"""``python -m medlib``: run a notebook into a file of its own, check a data folder, draw phantoms, list notebooks."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from medlib.paths import NOTEBOOKS, resolve, shorten
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. 0: done; 1: the notebook failed or the data set has faults; 2: a wrong call; 130: Ctrl-C."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ValueError, KeyError, OSError) as error:
+        print(f"medlib: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("medlib: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(prog="python -m medlib", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a notebook with parameters; the source is never touched")
+    run.add_argument("notebook", help="its name (04_coral) or path")
+    run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    run.add_argument("-o", "--output", type=Path, help="default: a name made of the overrides, in output_dir (runs/)")
+    run.add_argument("--timeout", type=int, metavar="SECONDS", help="limit per cell; default: ample for the scale")
+    run.set_defaults(command=command_run)
+
+    check = commands.add_parser("check", help="look through a data set's folder before anything trains on it")
+    check.add_argument("name", help="data set, such as acdc")
+    check.add_argument("root", type=Path, help="its folder")
+    check.set_defaults(command=command_check)
+
+    phantoms = commands.add_parser("phantoms", help="draw phantom patients in a data set's own layout")
+    phantoms.add_argument("name", help="data set, such as acdc")
+    phantoms.add_argument("root", type=Path, help="folder to write to")
+    phantoms.add_argument("--patients", type=int, default=60)
+    phantoms.add_argument("--seed", type=int, default=0)
+    phantoms.set_defaults(command=command_phantoms)
+
+    notebooks = commands.add_parser("notebooks", help="the notebooks and their parameters")
+    notebooks.set_defaults(command=command_notebooks)
+    return parser
+
+
+def command_run(options: argparse.Namespace) -> int:
+    """Run a notebook; print where the result is, also where a cell failed."""
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill import PapermillExecutionError
+
+    from medlib import runner
+
+    notebook = runner.find_notebook(options.notebook)
+    values = runner.parse_overrides(notebook, options.parameter)
+    output = runner.default_output(notebook, values) if options.output is None else resolve(options.output)
+    try:
+        run = runner.run_notebook(notebook, values, output, options.timeout)
+    except (PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
+        print(f"{error}\nmedlib: the run failed; as far as it came: {shorten(output)}", file=sys.stderr)
+        return 1
+    print(f"Executed notebook: {shorten(run.notebook)} ({run.seconds:.0f} s)")
+    for record in run.records:
+        print(f"Record: {shorten(record)}")
+    return 0
+
+
+def command_check(options: argparse.Namespace) -> int:
+    """Print what a data set's folder holds."""
+    from medlib.data.check import check_dataset
+
+    print(check_dataset(options.name, resolve(options.root)))
+    return 0
+
+
+def command_phantoms(options: argparse.Namespace) -> int:
+    """Draw phantom patients."""
+    from medlib.data import write_phantoms
+
+    root = write_phantoms(options.name, resolve(options.root), options.patients, options.seed)
+    print(f"{options.patients} phantom patients: {shorten(root)}")
+    return 0
+
+
+def command_notebooks(options: argparse.Namespace) -> int:
+    """List the notebooks, each with its parameters, their defaults and what they mean."""
+    from medlib.runner import notebook_parameters
+
+    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+        print(notebook.stem)
+        for parameter in notebook_parameters(notebook).values():
+            print(f"    {parameter.name} = {parameter.default!r}".ljust(32) + f"  {parameter.help}".rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
