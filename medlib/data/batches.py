@@ -1,0 +1,139 @@
+"""From prepared volumes to batches: slices held on the device, and endless shuffled batches of their indices."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medlib.data.cases import DatasetInfo, slice_positions
+from medlib.data.prepare import Prepared
+from medlib.data.splits import Split
+
+UNLABELLED = -1  # label value of a pixel that no loss may look at
+
+
+@dataclass
+class Slices:
+    """All slices of some volumes, on one device.
+
+    ``images`` (N, S, S) float16 or float32; ``labels`` (N, S, S) int8, ``UNLABELLED`` where the training may not see a
+    label; ``positions`` (N,) float32 in (0, 1]; ``index`` (N,) the slice's index in its volume, ``depth`` (N,) that
+    volume's number of slices, ``volume`` (N,) and ``patient`` (N,) running numbers; ``labelled`` (N,) bool.
+    """
+
+    images: Tensor
+    labels: Tensor
+    positions: Tensor
+    index: Tensor
+    depth: Tensor
+    volume: Tensor
+    patient: Tensor
+    labelled: Tensor
+    cases: tuple[str, ...]
+    patients: tuple[str, ...]
+
+    @classmethod
+    def of(cls, volumes: Sequence[Prepared], labelled_patients: Sequence[str], device: torch.device | str) -> "Slices":
+        """Stack the slices of ``volumes``; only labels of ``labelled_patients`` are kept, all others are hidden."""
+        if not volumes:
+            raise ValueError("there is no volume to take slices from")
+        patients = tuple(dict.fromkeys(volume.case.patient for volume in volumes))
+        visible = set(labelled_patients)
+        images, labels, positions, index, depth, volume_of, patient_of, labelled = ([] for _ in range(8))
+        for number, volume in enumerate(volumes):
+            slices = len(volume.image)
+            seen = volume.label is not None and volume.case.patient in visible
+            images.append(torch.from_numpy(np.array(volume.image)))
+            label = np.array(volume.label, dtype=np.int8) if seen else np.full(volume.image.shape, UNLABELLED, np.int8)
+            labels.append(torch.from_numpy(label))
+            positions.append(torch.from_numpy(slice_positions(slices)))
+            index.append(torch.arange(slices))
+            depth.append(torch.full((slices,), slices))
+            volume_of.append(torch.full((slices,), number))
+            patient_of.append(torch.full((slices,), patients.index(volume.case.patient)))
+            labelled.append(torch.full((slices,), seen))
+        columns = (images, labels, positions, index, depth, volume_of, patient_of, labelled)
+        return cls(
+            *(torch.cat(column).to(device) for column in columns),
+            cases=tuple(volume.case.case for volume in volumes),
+            patients=patients,
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 1, S, S) float32 and labels (B, S, S) int64 of ``rows`` (B,)."""
+        return self.images[rows].float().unsqueeze(1), self.labels[rows].long()
+
+
+class ShuffledRows:
+    """Endless batches of rows: every row once an epoch, in an order drawn anew for each; batches run across epochs.
+
+    Args:
+        rows: (N,) int64, on the device the batches shall be on.
+        batch_size: rows a batch; may exceed N, a batch then holds rows more than once.
+        generator: draws the orders; on the device of ``rows``.
+    """
+
+    def __init__(self, rows: Tensor, batch_size: int, generator: torch.Generator):
+        if len(rows) == 0:
+            raise ValueError("there is nothing to draw from: no row (is a patient labelled?)")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.rows = rows
+        self.batch_size = batch_size
+        self.generator = generator
+        self.waiting = rows[:0]  # drawn into an order, not yet into a batch
+
+    def draw(self) -> Tensor:
+        """The next ``batch_size`` rows."""
+        while len(self.waiting) < self.batch_size:
+            order = torch.randperm(len(self.rows), generator=self.generator, device=self.rows.device)
+            self.waiting = torch.cat([self.waiting, self.rows[order]])
+        batch, self.waiting = self.waiting[: self.batch_size], self.waiting[self.batch_size :]
+        return batch
+
+
+@dataclass
+class TrainingData:
+    """The volumes of one experiment, prepared and divided by patient.
+
+    ``train`` holds labelled and unlabelled volumes alike (``split.labelled`` says which patients' labels may be used).
+    """
+
+    info: DatasetInfo
+    split: Split
+    train: list[Prepared]
+    val: list[Prepared]
+    test: list[Prepared]
+    _slices: dict[tuple[str, bool], Slices] = field(default_factory=dict, repr=False)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, background included."""
+        return len(self.info.classes)
+
+    def slices(self, device: torch.device | str, everything: bool = False) -> Slices:
+        """The training slices on ``device``, moved there once.
+
+        Args:
+            everything: also the images (never the labels) of the validation and test patients, as the transductive
+                pre-training of PCL and CORAL has it.
+        """
+        key = (str(device), everything)
+        if key not in self._slices:
+            volumes = self.train + (self.val + self.test if everything else [])
+            self._slices[key] = Slices.of(volumes, self.split.labelled, device)
+        return self._slices[key]
+
+    def fingerprint(self, labels: bool, everything: bool = False) -> str:
+        """A hash of what a stage of training can see: every volume's content and, with ``labels``, who is labelled."""
+        volumes = self.train + (self.val + self.test if everything else [])
+        seen = [volume.key for volume in volumes]
+        if labels:
+            seen += ["labelled", *sorted(self.split.labelled)]
+        return hashlib.sha256("\n".join(seen).encode()).hexdigest()

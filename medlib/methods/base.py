@@ -1,0 +1,175 @@
+"""What a method is: a frozen dataclass of a paper's hyper-parameters that builds networks and yields training stages.
+
+Adding a paper means adding one module to this package: a `Method` with ``@register("name")`` and the stages it needs.
+Nothing here, and nothing in the training loop, knows any method's name.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from medlib.data.batches import ShuffledRows, TrainingData
+from medlib.data.prepare import Protocol
+from medlib.rng import generator
+
+SCALES = ("ci", "laptop", "paper")
+
+
+class Streams:
+    """The named random streams of one stage on one device; their states travel with the checkpoint."""
+
+    def __init__(self, seed: int, stage: str, device: torch.device | str):
+        self.seed = seed
+        self.stage = stage
+        self.device = device
+        self._generators: dict[str, torch.Generator] = {}
+
+    def __getitem__(self, name: str) -> torch.Generator:
+        if name not in self._generators:
+            self._generators[name] = generator(self.seed, self.stage, name, device=self.device)
+        return self._generators[name]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: stream.get_state() for name, stream in self._generators.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, stream in state.items():
+            self[name].set_state(stream)
+
+
+class Work(nn.Module, ABC):
+    """A stage under way: everything a checkpoint must hold, and what one step computes.
+
+    A module, so that one state dict covers networks, heads, learnable loss parameters and banks, and so that Fabric can
+    wrap it for any number of devices: a step is one call of ``forward`` with the tensors of one batch.
+    """
+
+    samplers: dict[str, ShuffledRows]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+    @abstractmethod
+    def draw(self) -> dict[str, Tensor]:
+        """The tensors of the next batch, augmented, on the device."""
+
+    @abstractmethod
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Named 0-d loss terms of one batch; ``total`` is the one that is minimised."""
+
+    def after_step(self) -> None:  # noqa: B027  (optional on purpose)
+        """What follows an optimiser step: moving averages, banks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(ABC):
+    """One stretch of training. Its fields are all that determines its outcome besides data, seed and initial weights.
+
+    Attributes:
+        name: "pretrain", "finetune", "cotrain".
+        steps: optimiser steps.
+        uses_labels: False for a stage that sees no label: it is then shared by all label ratios.
+        everything: whether it also sees the images of the validation and test patients.
+    """
+
+    name: str
+    steps: int
+    uses_labels: bool
+    everything: bool = False
+
+    @abstractmethod
+    def begin(self, networks: nn.ModuleDict, data: TrainingData, streams: Streams) -> Work:
+        """Set up the work on ``streams.device``; ``networks`` are trained in place."""
+
+    def describe(self) -> dict[str, Any]:
+        """The fields as plain data: what a checkpoint is keyed by."""
+        return {"stage": type(self).__name__, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A paper's recipe. Every field is a setting; a row of an ablation table is one setting of one method.
+
+    Attributes:
+        image_size: side of the square slices in px.
+        spacing: in-plane spacing in mm to resample to, or None to resize the whole field of view.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    scales: ClassVar[Mapping[str, Mapping[str, Any]]] = {"ci": {}, "laptop": {}, "paper": {}}
+
+    image_size: int
+    spacing: float | None
+
+    def protocol(self) -> Protocol:
+        """How its data are prepared."""
+        return Protocol(size=self.image_size, spacing=self.spacing, normalise="zscore", clip=None)
+
+    @abstractmethod
+    def networks(self, classes: int) -> nn.ModuleDict:
+        """New networks; initial weights come from the surrounding `medlib.nets.seeded_init`."""
+
+    @abstractmethod
+    def stages(self, data: TrainingData) -> Sequence[Stage]:
+        """The stages in order."""
+
+    @abstractmethod
+    def predict(self, networks: nn.ModuleDict, images: Tensor) -> Tensor:
+        """Class probabilities (B, C, *space) of images (B, 1, *space), with networks in eval mode."""
+
+
+_METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(name: str, title: str) -> Callable[[M], M]:
+    """Class decorator that makes a method known under ``name``; ``title`` is what figures and tables print."""
+
+    def add(cls: M) -> M:
+        if name in _METHODS:
+            raise ValueError(f"two methods are called {name!r}: {_METHODS[name].__module__} and {cls.__module__}")
+        cls.name, cls.title = name, title
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def available() -> dict[str, type[Method]]:
+    """All methods by name: those of every module in this package."""
+    package = importlib.import_module("medlib.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"medlib.methods.{module.name}")
+    return dict(_METHODS)
+
+
+def build(name: str, *, scale: str = "paper", **settings: Any) -> Method:
+    """The method ``name`` at ``scale``, with ``settings`` on top.
+
+    A scale changes sizes and lengths, never the algorithm; "paper" is the paper's own, "laptop" takes minutes on two
+    CPU cores, "ci" seconds.
+
+    Raises:
+        ValueError: unknown method, scale or setting; the message lists the known ones.
+    """
+    methods = available()
+    if name not in methods:
+        raise ValueError(f"unknown method {name!r}; there are {', '.join(sorted(methods))}")
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; there are {', '.join(SCALES)}")
+    cls = methods[name]
+    known = {field.name for field in dataclasses.fields(cls)}
+    for setting in settings:
+        if setting not in known:
+            near = difflib.get_close_matches(setting, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name} has no setting {setting!r}{hint} Known: {', '.join(sorted(known))}")
+    return cls(**{**cls.scales[scale], **settings})

@@ -1,0 +1,175 @@
+"""Networks: one U-Net built from MONAI's blocks, its published configurations, and projection heads.
+
+MONAI's own ``BasicUNet`` is not the graph of either reference: it does not halve the channels in its last up-sampling,
+has one dropout rate for all levels and always normalises the bottleneck. The blocks are the same, so they are MONAI's.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from monai.networks.nets.basic_unet import TwoConv, UpCat
+from torch import Tensor, nn
+
+from medlib.rng import stream_seed
+
+LEAKY_RELU = ("LeakyReLU", {"negative_slope": 0.01, "inplace": True})
+
+
+@contextlib.contextmanager
+def seeded_init(seed: int, *name: str | int) -> Iterator[None]:
+    """Modules built inside draw their initial weights from the stream ``name``; the global state is as before after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, *name))
+        yield
+
+
+def kaiming_init(module: nn.Module, slope: float = 0.01) -> nn.Module:
+    """He initialisation of every convolution (normal, for LeakyReLU of ``slope``), biases 0; returns ``module``.
+
+    Linear layers keep PyTorch's default, as in the code of PCL and CORAL.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            nn.init.kaiming_normal_(layer.weight, a=slope)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
+
+
+class Encoder(nn.Module):
+    """The contracting half of a U-Net: two convolutions a level, max-pooling between levels.
+
+    Args:
+        widths: channels of each level, finest first; the last is the bottleneck.
+        spatial_dims: 2 or 3.
+        norm: MONAI name of the normalisation ("batch", "instance").
+        normalise_bottleneck: False leaves the bottleneck without normalisation and with plain ReLU (PCL, CORAL).
+        dropout: rate between the two convolutions of each level, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        spatial_dims: int = 2,
+        norm: str = "batch",
+        normalise_bottleneck: bool = True,
+        dropout: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        rates = tuple(dropout) if dropout is not None else (0.0,) * len(widths)
+        if len(rates) != len(widths):
+            raise ValueError(f"dropout needs one rate a level: got {len(rates)} rates for {len(widths)} levels")
+        inputs = (1, *widths[:-1])
+        self.levels = nn.ModuleList()
+        for level, (before, after, rate) in enumerate(zip(inputs, widths, rates, strict=True)):
+            plain = level == len(widths) - 1 and not normalise_bottleneck
+            block = TwoConv(
+                spatial_dims,
+                before,
+                after,
+                act=("relu", {"inplace": True}) if plain else LEAKY_RELU,
+                norm="" if plain else norm,  # "" is MONAI's way to say: none
+                bias=True,
+            )
+            if rate:
+                block.conv_0.add_module("dropout", nn.Dropout(rate))
+            self.levels.append(block)
+        self.pool = nn.MaxPool2d(2) if spatial_dims == 2 else nn.MaxPool3d(2)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 1, *space) -> feature maps of every level, finest first; the last one is the bottleneck."""
+        features = [self.levels[0](images)]
+        for level in self.levels[1:]:
+            features.append(level(self.pool(features[-1])))
+        return features
+
+
+class Decoder(nn.Module):
+    """The expanding half: up-sampling by two, concatenation with the encoder's map, two convolutions a level.
+
+    Args:
+        widths: channels of the encoder's levels, finest first.
+        upsample: "deconv" (transposed convolution) or "nontrainable" (1x1 convolution and bilinear interpolation).
+    """
+
+    def __init__(self, widths: Sequence[int], spatial_dims: int = 2, norm: str = "batch", upsample: str = "deconv"):
+        super().__init__()
+        self.levels = nn.ModuleList(
+            UpCat(spatial_dims, coarse, fine, fine, LEAKY_RELU, norm, bias=True, upsample=upsample)
+            for fine, coarse in zip(widths[-2::-1], widths[:0:-1], strict=True)
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Feature maps of the encoder -> feature maps of the decoder, coarsest first; the last has full resolution."""
+        maps = []
+        x = features[-1]
+        for level, skip in zip(self.levels, features[-2::-1], strict=True):
+            x = level(x, skip)
+            maps.append(x)
+        return maps
+
+
+class UNet(nn.Module):
+    """Encoder, decoder and a classifier: images (B, 1, *space) -> logits (B, classes, *space).
+
+    Every side of ``space`` must be a multiple of ``2 ** (levels - 1)``.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, classifier: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.classifier = classifier
+        self.stride = 2 ** (len(encoder.levels) - 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if any(side % self.stride for side in images.shape[2:]):
+            raise ValueError(f"image sides must be multiples of {self.stride}, got {tuple(images.shape[2:])}")
+        return self.classifier(self.decoder(self.encoder(images))[-1])
+
+
+def coral_unet(classes: int, width: int = 48) -> UNet:
+    """The 2D U-Net of PCL and CORAL: ``width`` channels at full resolution (48 for ACDC, 32 for CHD), five levels.
+
+    At width 48 and 4 classes: encoder 10,602,384 parameters, decoder with classifier 6,859,632.
+    """
+    widths = [width * 2**level for level in range(5)]
+    unet = UNet(
+        Encoder(widths, normalise_bottleneck=False), Decoder(widths), nn.Conv2d(width, classes, kernel_size=1, bias=False)
+    )
+    kaiming_init(unet)
+    return unet
+
+
+def ssl4mis_unet(classes: int, width: int = 16) -> UNet:
+    """The 2D U-Net of SSL4MIS, which the semi-supervised papers share on ACDC: 1,813,764 parameters for 4 classes.
+
+    Its decoder up-samples by 1x1 convolution and bilinear interpolation (with transposed convolutions it would have
+    1,944,324 parameters).
+    """
+    widths = [width * 2**level for level in range(5)]
+    return UNet(
+        Encoder(widths, dropout=(0.05, 0.1, 0.2, 0.3, 0.5)),
+        Decoder(widths, upsample="nontrainable"),
+        nn.Conv2d(width, classes, kernel_size=3, padding=1),
+    )
+
+
+class ProjectionHead(nn.Module):
+    """Global average pooling, then Linear - ReLU - Linear: feature maps (B, C, *space) -> embeddings (B, dim).
+
+    The head of PCL and CORAL (``dim`` 512, hidden size = C): no normalisation inside or after.
+    """
+
+    def __init__(self, channels: int, dim: int = 512):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.mlp(features.flatten(2).mean(dim=2))
+
+
+def parameter_count(module: nn.Module) -> int:
+    """The number of parameters of ``module``, frozen ones included."""
+    return sum(parameter.numel() for parameter in module.parameters())
