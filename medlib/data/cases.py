@@ -1,0 +1,84 @@
+"""The first two things on the way of data: `Case` (one scan on disk) and `Volume` (one scan in memory)."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """Data on disk that cannot be used. The message names the file, what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known about a data set before it is opened: used by readers, preparation, figures and the README.
+
+    `classes[i]` is the name of label value i, 0 being the background; `colours[i]` its colour as a hex code
+    (background transparent) from the colour-blind safe palette of Okabe and Ito (2008). `size` and `spacing` are the
+    protocol the papers used: square slices of `size` px at `spacing` mm in plane.
+    """
+
+    name: str
+    title: str
+    classes: tuple[str, ...]
+    colours: tuple[str, ...]
+    modality: str
+    size: int
+    spacing: float | None
+    licence: str
+    url: str
+    patient_rule: str
+
+    def __post_init__(self) -> None:
+        if len(self.colours) != len(self.classes):
+            raise ValueError(f"{self.name}: {len(self.classes)} classes but {len(self.colours)} colours")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan on disk. Nothing of it has been read yet except headers and names.
+
+    `images` is one file, or the files of its slices in order; `labels` is empty for a scan without labels and may
+    name the same files where a file holds both. `frame` is an index into a 4D file. `part` is "train", "val" or
+    "test" where the release itself says so. `patient` is what a split divides: all scans of one patient stay together.
+    """
+
+    dataset: str
+    case: str
+    patient: str
+    images: tuple[Path, ...]
+    labels: tuple[Path, ...]
+    reader: str
+    frame: int | None = None
+    part: str | None = None
+    info: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+def labelled_cases(cases: Iterable[Case]) -> list[Case]:
+    """Those of `cases` that have a label, in the order given."""
+    return [case for case in cases if case.labels]
+
+
+def slice_positions(depth: int) -> np.ndarray:
+    """Where each of `depth` slices lies along its volume: (z + 1) / depth, float32 in (0, 1], as CORAL's code has it."""
+    return (np.arange(1, depth + 1) / depth).astype(np.float32)
+
+
+@dataclass
+class Volume:
+    """One scan in memory: `image` (Z, H, W) float32 and `label` (Z, H, W) uint8 or None, `spacing` (z, y, x) in mm or None.
+
+    Slice 0 is the same anatomical end in every patient of a data set; the reader's module says which.
+    """
+
+    case: Case
+    image: np.ndarray
+    label: np.ndarray | None
+    spacing: tuple[float, float, float] | None
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The position of each slice, (Z,) float32 in (0, 1]."""
+        return slice_positions(len(self.image))

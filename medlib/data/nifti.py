@@ -1,0 +1,43 @@
+"""Reading NIfTI files: errors that say what to do, and arrays turned into one orientation by the affine."""
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+from .cases import DataError
+
+LEFT = np.array([-1.0, 0.0, 0.0])  # world axes of NIfTI point to the patient's right, anterior and superior (RAS)
+
+
+def open_nifti(path: Path, dimensions: int) -> nibabel.Nifti1Image:
+    """The header of a NIfTI file with `dimensions` axes; voxels are read later, by `read_voxels`.
+
+    Raises `DataError` for a file that is empty, cut off, no NIfTI, or that has another number of axes.
+    """
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty: download or unpack it again")
+    try:
+        image = nibabel.load(path)
+    except Exception as error:  # nibabel, gzip and zlib raise a dozen unrelated types for a broken file
+        raise DataError(f"{path} cannot be read as NIfTI ({error}): download or unpack it again") from error
+    if len(image.shape) != dimensions:
+        raise DataError(f"{path} has shape {image.shape}, expected {dimensions} axes: is it another file under this name?")
+    return image
+
+
+def read_voxels(image: nibabel.Nifti1Image, path: Path, frame: int | None = None) -> np.ndarray:
+    """The voxels of an opened file, (X, Y, Z) in the file's own order; `frame` picks one of a 4D file."""
+    try:
+        return np.asanyarray(image.dataobj if frame is None else image.dataobj[..., frame])
+    except Exception as error:
+        raise DataError(f"{path} is cut off or damaged ({error}): download or unpack it again") from error
+
+
+def directions(image: nibabel.Nifti1Image, path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """Unit vectors of the array axes in RAS world space, one per column, and the voxel spacing (x, y, z) in mm."""
+    matrix = np.asarray(image.affine, dtype=float)[:3, :3]
+    spacing = np.linalg.norm(matrix, axis=0)
+    if not np.isfinite(matrix).all() or spacing.min() <= 1e-6 or abs(np.linalg.det(matrix / spacing)) < 0.5:
+        raise DataError(f"{path} has an affine that no scan can have ({matrix.tolist()}): repair the header")
+    return matrix / spacing, (float(spacing[0]), float(spacing[1]), float(spacing[2]))
