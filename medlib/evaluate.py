@@ -5,14 +5,29 @@ that other papers' code computes stand beside ours under names of their own.
 """
 
 import math
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
 import numpy as np
+import pandas as pd
+import torch
+from monai.inferers import sliding_window_inference
 from monai.metrics.utils import get_mask_edges, get_surface_distance
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-Spacing = tuple[float, float, float]
+from medlib.data import load_volume
+
+if TYPE_CHECKING:
+    from medlib.data.prepare import Prepared
+
+Predict = Callable[[Tensor], Tensor]
+"""A network at work, in evaluation mode: (B, 1, ...) images to (B, C, ...) class probabilities that sum to 1 over C."""
+
+Metric = Literal["dice", "jaccard", "assd", "hd95", "asd_directed_voxels", "hd95_pooled"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+"""The numbers in a `ClassMetrics`; the first two need no distances."""
 
 
 class ClassMetrics(TypedDict):
@@ -107,8 +122,8 @@ def volume_metrics(
     ``distances=False`` leaves all four distances NaN, which makes it about 20 times faster: enough for the choice of a
     checkpoint by Dice.
 
-    Raises ValueError for shapes that differ or are not 3D, fractional or negative labels, labels beyond the classes, and
-    a spacing that is not three positive numbers.
+    Raises ValueError for shapes that differ or are not 3D, fractional or negative labels, labels beyond the classes,
+    and a spacing that is not three positive numbers.
     """
     names = class_names(classes)
     counts = _confusion(prediction, label, names)
@@ -145,3 +160,222 @@ def volume_metrics(
             found["asd_directed_voxels"] = float(voxels.mean())
         metrics[name] = found
     return metrics
+
+
+def pooled_dice(pairs: Iterable[tuple[ArrayLike, ArrayLike]], classes: int | Sequence[str]) -> dict[str, float]:
+    """The "Dice" of the code that PCL and CORAL released: one figure per foreground class for all volumes at once.
+
+    pairs: (prediction, label) per volume, each (Z, H, W). Voxels are counted over all volumes before the ratio is
+    taken, so large hearts weigh more than small ones and a missed apex is hardly felt; a class that neither side ever
+    shows counts as 0, as it does there. That code counts on its resampled and padded grid; here it is whatever grid the
+    pairs are on. Not comparable with the mean of per-volume Dice. Raises ValueError as `volume_metrics`.
+    """
+    names = class_names(classes)
+    return _pooled(sum((_confusion(prediction, label, names) for prediction, label in pairs), _no_counts(names)), names)
+
+
+def _no_counts(names: tuple[str, ...]) -> NDArray[np.integer]:
+    return np.zeros((len(names), len(names)), dtype=int)
+
+
+def _pooled(counts: NDArray[np.integer], names: tuple[str, ...]) -> dict[str, float]:
+    sizes = counts.sum(axis=0) + counts.sum(axis=1)
+    return {name: float(2 * counts[i, i] / sizes[i]) if sizes[i] else 0.0 for i, name in enumerate(names) if i}
+
+
+class Summary(TypedDict):
+    """What `summarise` says about a set of volumes. ``mean`` averages the six metrics over the classes.
+
+    Per class (``classes``) and for all of them together stand the six means and these counts:
+
+    - ``volumes``       volumes whose label has the class (at the top level: all volumes)
+    - ``missed``        of these, where the prediction has none of it: Dice 0, distances undefined and in no mean
+    - ``absent``        volumes whose label lacks the class; they are in no mean
+    - ``false_alarms``  of those, where the prediction shows the class all the same
+    """
+
+    classes: dict[str, dict[str, float]]
+    mean: dict[str, float]
+    volumes: int
+    missed: int
+    absent: int
+    false_alarms: int
+    unit: str
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean of the values that are not NaN; NaN when there are none."""
+    defined = [value for value in values if not math.isnan(value)]
+    return math.fsum(defined) / len(defined) if defined else math.nan
+
+
+def summarise(per_volume: Sequence[Mapping[str, ClassMetrics]]) -> Summary:
+    """Averages what `volume_metrics` found: over the volumes whose label has the class, then over foreground classes.
+
+    A missed class (empty prediction) enters the Dice and Jaccard means as 0. It cannot enter the distance means, so
+    these flatter a method that misses often: read them beside ``missed``. A class that no label has is left out of the
+    mean over classes; a class that is always missed makes the mean distances NaN rather than dropping out of them.
+
+    Raises ValueError when there is no volume, or when volumes differ in their classes or in the unit of distance.
+    """
+    names = list(per_volume[0]) if per_volume else []
+    units = {metrics["unit"] for volume in per_volume for metrics in volume.values()}
+    if not names or any(list(volume) != names for volume in per_volume):
+        raise ValueError(f"need at least one volume, all with the same classes; got {[list(v) for v in per_volume]}")
+    if len(units) > 1:
+        raise ValueError("some distances are in mm and some in voxels (no spacing): summarise the two groups apart")
+    classes: dict[str, dict[str, float]] = {}
+    for name in names:
+        present = [volume[name] for volume in per_volume if not volume[name]["empty_label"]]
+        absent = [volume[name] for volume in per_volume if volume[name]["empty_label"]]
+        classes[name] = {metric: _mean(found[metric] for found in present) for metric in METRICS} | {
+            "volumes": len(present),
+            "missed": sum(found["empty_prediction"] for found in present),
+            "absent": len(absent),
+            "false_alarms": sum(not found["empty_prediction"] for found in absent),
+        }
+    shown = [found for found in classes.values() if found["volumes"]]
+    return Summary(
+        classes=classes,
+        mean={metric: sum(found[metric] for found in shown) / len(shown) if shown else math.nan for metric in METRICS},
+        volumes=len(per_volume),
+        missed=sum(int(found["missed"]) for found in classes.values()),
+        absent=sum(int(found["absent"]) for found in classes.values()),
+        false_alarms=sum(int(found["false_alarms"]) for found in classes.values()),
+        unit=units.pop(),
+    )
+
+
+@dataclass(frozen=True)
+class CaseMetrics:
+    """The metrics of one scan: its id, its patient, what the release says about it, and one entry per class."""
+
+    case: str
+    patient: str
+    info: Mapping[str, str]
+    classes: dict[str, ClassMetrics]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A set of scans, each measured on its own grid; ``pooled`` is their `pooled_dice`."""
+
+    cases: tuple[CaseMetrics, ...]
+    pooled: dict[str, float]
+
+    @property
+    def summary(self) -> Summary:
+        """Means and counts, see `summarise`."""
+        return summarise([case.classes for case in self.cases])
+
+    def frame(self, metric: Metric = "dice") -> pd.DataFrame:
+        """One metric as a table: a row per scan, indexed by (patient, case), and a column per foreground class.
+
+        Raises ValueError for a name that is not in `METRICS`.
+        """
+        if metric not in METRICS:
+            raise ValueError(f"there is no metric {metric!r}; choose from {METRICS}")
+        index = pd.MultiIndex.from_tuples([(c.patient, c.case) for c in self.cases], names=["patient", "case"])
+        rows = [{name: metrics[metric] for name, metrics in c.classes.items()} for c in self.cases]
+        return pd.DataFrame(rows, index=index, dtype=float)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with null for what is undefined. The summary is added for the reader's eye."""
+        cases = [{"case": c.case, "patient": c.patient, "info": dict(c.info), "classes": c.classes} for c in self.cases]
+        return _nan_to_none({"summary": self.summary, "pooled_dice": self.pooled, "cases": cases})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
+        """What `to_dict` wrote. The summary is computed anew. Raises KeyError, named, for what is missing."""
+        cases = []
+        for case in values["cases"]:
+            classes = {
+                name: cast(ClassMetrics, {key: _none_to_nan(metrics[key]) for key in ClassMetrics.__annotations__})
+                for name, metrics in case["classes"].items()
+            }
+            cases.append(CaseMetrics(case["case"], case["patient"], dict(case["info"]), classes))
+        return cls(tuple(cases), dict(values["pooled_dice"]))
+
+
+def _nan_to_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _nan_to_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nan_to_none(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _none_to_nan(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def predict_volume(
+    predict: Predict, image: Tensor, *, patch: tuple[int, int, int] | None = None, batch_size: int = 16
+) -> Tensor:
+    """Class probabilities (C, Z, S, S), float32, of one prepared scan (Z, 1, S, S).
+
+    patch None: a 2D network sees ``batch_size`` slices at a time. patch (z, y, x): a 3D network sees patches of that
+    size that overlap by half, ``batch_size`` at a time, blended with a Gaussian weight; a scan smaller than the patch
+    is padded.
+
+    Raises ValueError for an image of another shape, and when ``predict`` returns anything but finite probabilities.
+    """
+    if image.ndim != 4 or image.shape[1] != 1 or not len(image):
+        raise ValueError(f"image must be one scan (Z, 1, S, S), got {tuple(image.shape)}")
+    with torch.inference_mode():
+        if patch is None:
+            probabilities = torch.cat([predict(slices).float() for slices in image.split(batch_size)]).transpose(0, 1)
+        else:
+            volume = image.transpose(0, 1)[None]  # (1, 1, Z, S, S)
+            blended = sliding_window_inference(volume, patch, batch_size, predict, overlap=0.5, mode="gaussian")
+            probabilities = cast(Tensor, blended)[0].float()
+        if probabilities.shape[1:] != (image.shape[0], *image.shape[2:]):
+            shape = tuple(probabilities.shape)
+            raise ValueError(f"predict must keep the image grid: got {shape} (C, Z, S, S) for {tuple(image.shape)}")
+        # 0.05: half-precision probabilities need not sum to exactly 1; logits are further off, and NaN compares False.
+        if not bool(((probabilities.sum(0) - 1).abs() < 0.05).all()):
+            raise ValueError("predict must return finite probabilities that sum to 1 over classes (softmax the logits)")
+    return probabilities
+
+
+def segment(
+    predict: Predict,
+    prepared: "Prepared",
+    *,
+    device: torch.device | str = "cpu",
+    patch: tuple[int, int, int] | None = None,
+    batch_size: int = 16,
+) -> NDArray[np.uint8]:
+    """The label map (Z, H, W) of one scan on its own grid: `predict_volume` on ``device``, then its ``restore``."""
+    image = torch.from_numpy(np.array(prepared.image, dtype=np.float32))[:, None].to(device)
+    return prepared.restore(predict_volume(predict, image, patch=patch, batch_size=batch_size))
+
+
+def evaluate(
+    predict: Predict,
+    prepared: "Sequence[Prepared]",
+    classes: int | Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+    patch: tuple[int, int, int] | None = None,
+    batch_size: int = 16,
+    distances: bool = True,
+) -> Evaluation:
+    """Segments every scan and measures it against its own label on its own grid, with its own spacing.
+
+    See `predict_volume` for ``patch`` and ``batch_size``, `volume_metrics` for ``distances``. Raises ValueError when
+    there is no scan or one of them has no label.
+    """
+    names = class_names(classes)
+    unlabelled = [scan.case.case for scan in prepared if not scan.case.labels]
+    if unlabelled or not prepared:
+        raise ValueError(f"evaluation needs at least one scan and all with labels; without a label: {unlabelled}")
+    cases = []
+    counts = _no_counts(names)
+    for scan in prepared:
+        prediction = segment(predict, scan, device=device, patch=patch, batch_size=batch_size)
+        volume = load_volume(scan.case)
+        metrics = volume_metrics(prediction, cast(NDArray, volume.label), names, volume.spacing, distances=distances)
+        counts += _confusion(prediction, cast(NDArray, volume.label), names)
+        cases.append(CaseMetrics(scan.case.case, scan.case.patient, dict(scan.case.info), metrics))
+    return Evaluation(tuple(cases), _pooled(counts, names))
