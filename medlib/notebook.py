@@ -156,13 +156,15 @@ class Verdict:
 def check(
     answer: object, reference: object, cases: Sequence[tuple] = (), name: str = "exercise", tolerance: float = 1e-5
 ) -> Verdict:
-    """Compare an exercise's ``answer`` with ``reference``, without ever raising: an unsolved notebook stays green.
+    """Compare an exercise's ``answer`` with ``reference``, without raising for any answer: an unsolved notebook stays green.
 
     Where ``reference`` is a function, so should be the answer, and both are called with each tuple of arguments in
     ``cases``; otherwise the two values are compared. Values may be numbers, tensors, arrays, texts, and tuples, lists
     or dicts of them. Two numbers agree within
     ``tolerance * (1 + |reference|)``.
     """
+    if callable(reference) and not cases:
+        raise ValueError(f"{name} has no cases to compare on")
     if answer is None:
         return Verdict("open", f"{name}: not attempted yet")
     if not callable(reference):
