@@ -1,0 +1,40 @@
+"""From a drawn signal to the numbers a scanner stores, and the NIfTI files that hold them."""
+
+import gzip
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import gaussian_filter1d
+
+from medlib.data.phantoms.shapes import Array, Grid, rotate
+
+
+def coil_field(grid: Grid, reach: float, angle: float, ripple: Array) -> Array:
+    """Receive sensitivity (H, W), 1 at the centre: falls off along `angle` with 1/e length `reach` mm, times exp(`ripple`)."""
+    along, _ = rotate(grid.x, grid.y, angle)
+    return np.exp(np.clip(-along / reach, -2, 2) + ripple)
+
+
+def scan(signal: Array, rng: np.random.Generator, *, field: Array, sigma: float, gain: float, blur: float) -> np.ndarray:
+    """What the scanner stores for `signal` (..., H, W), where blood is 1: int16 of the same shape.
+
+    The receive field (H, W) multiplies the signal; complex noise of `sigma` (share of blood) is added before the
+    magnitude is taken (Rician); both pass the point spread of `blur` pixels; `gain` is the stored value of blood.
+    """
+    real = signal * field
+    real += np.float32(sigma) * rng.standard_normal(signal.shape, dtype=np.float32)
+    imaginary = np.float32(sigma) * rng.standard_normal(signal.shape, dtype=np.float32)
+    for axis in (-1, -2):
+        real = gaussian_filter1d(real, blur, axis=axis, truncate=2.5)
+        imaginary = gaussian_filter1d(imaginary, blur, axis=axis, truncate=2.5)
+    magnitude = np.hypot(real, imaginary)
+    magnitude *= gain
+    return np.clip(magnitude, 0, 4095).astype(np.int16)
+
+
+def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    """Write `array` (X, Y, Z[, T]) in mm; the same array gives the same bytes (no time stamp in the gzip header)."""
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm", "sec")
+    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
