@@ -1,0 +1,27 @@
+"""Figures and widgets, each with a static twin; see the functions for what to pass and what to try."""
+
+from medlib.explore.curves import LiveCurves, live_curves, training_curves
+from medlib.explore.embedding import embedding_explorer, nearest, project
+from medlib.explore.losses import loss_explorer, loss_slider
+from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation
+from medlib.explore.show import Explorer, show, show_widget
+from medlib.explore.slices import slice_grid, volume_viewer
+
+__all__ = [
+    "Explorer",
+    "LiveCurves",
+    "direction_alignment",
+    "embedding_explorer",
+    "live_curves",
+    "loss_explorer",
+    "loss_slider",
+    "nearest",
+    "position_probe_error",
+    "project",
+    "rank_correlation",
+    "show",
+    "show_widget",
+    "slice_grid",
+    "training_curves",
+    "volume_viewer",
+]

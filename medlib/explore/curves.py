@@ -1,0 +1,165 @@
+"""Training as curves: from a finished history, and live while it runs."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from IPython.display import display
+from plotly.subplots import make_subplots
+
+from medlib.explore.show import show
+from medlib.explore.style import INK, SERIES, TEMPLATE, method_colours
+
+_NOT_TERMS = {"stage", "step", "time", "lr", "val_dice"}
+_POINTS = 400  # of one curve: more than the pixels it is drawn with show nothing more
+
+
+def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most ``_POINTS`` points: means over equal runs of steps."""
+    runs = np.array_split(np.arange(len(steps)), min(len(steps), _POINTS))
+    return (
+        [float(np.mean([steps[i] for i in run])) for run in runs],
+        [float(f"{np.mean([values[i] for i in run]):.5g}") for run in runs],
+    )
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a twentieth of the curve, corrected for its start."""
+    keep = 1 - 1 / max(1.0, len(values) / 20)
+    mean = weight = 0.0
+    smoothed = []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(float(f"{mean / weight:.5g}"))
+    return smoothed
+
+
+def _terms(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(k for line in history for k, v in line.items() if k not in _NOT_TERMS and np.isscalar(v)))
+
+
+def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Training") -> go.Figure:
+    """Loss terms and validation Dice over the steps, one column per stage.
+
+    history: the lines of ``metrics.jsonl``: ``{"stage", "step", "<term>": float, ...}`` and
+    ``{"stage", "step", "val_dice": {class: Dice}}``. Faint: as logged. Strong: smoothed; for Dice the mean over classes.
+    """
+    if not history:
+        raise ValueError("history is empty: no step has been logged")
+    stages = list(dict.fromkeys(line["stage"] for line in history))
+    names = _terms(history)
+    colours = method_colours(names)
+    validated = any("val_dice" in line for line in history)
+    figure = make_subplots(
+        2 if validated else 1, len(stages), column_titles=stages, horizontal_spacing=0.09, vertical_spacing=0.1,
+        shared_xaxes=True, row_heights=[0.55, 0.45] if validated else None,
+    )  # fmt: skip
+    for column, stage in enumerate(stages, start=1):
+        lines = [line for line in history if line["stage"] == stage]
+        for name in names:
+            logged = [(line["step"], line[name]) for line in lines if name in line]
+            if not logged:
+                continue
+            x, y = _thin(*zip(*logged, strict=True))
+            common = {"x": x, "legendgroup": name, "name": name, "mode": "lines"}
+            faint = go.Scatter(**common, y=y, line={"color": colours[name], "width": 1}, opacity=0.25, showlegend=False,
+                               hoverinfo="skip")  # fmt: skip
+            first = not any(trace.name == name and trace.showlegend for trace in figure.data)
+            strong = go.Scatter(**common, y=_smooth(y), line={"color": colours[name], "width": 2.2}, showlegend=first)
+            figure.add_traces([faint, strong], rows=1, cols=column)
+        checks = [(line["step"], line["val_dice"]) for line in lines if "val_dice" in line]
+        if checks:
+            steps = [step for step, _ in checks]
+            for i, structure in enumerate(checks[0][1]):
+                dash = ("dot", "dash", "dashdot", "longdash")[i % 4]
+                figure.add_trace(go.Scatter(
+                    x=steps, y=[round(float(d[structure]), 4) for _, d in checks], name=structure, mode="lines", opacity=0.55,
+                    line={"color": INK, "width": 1.2, "dash": dash}, showlegend=False), row=2, col=column)  # fmt: skip
+            mean = [round(float(np.nanmean([float(v) for v in d.values()])), 4) for _, d in checks]
+            best = int(np.nanargmax(mean))
+            figure.add_trace(go.Scatter(x=steps, y=mean, name="mean Dice", mode="lines+markers", showlegend=False,
+                                        line={"color": INK, "width": 2.4}, marker={"size": 6}), row=2, col=column)  # fmt: skip
+            figure.add_annotation(x=steps[best], y=mean[best], text=f"best {mean[best]:.2f}", yshift=14, row=2, col=column)
+        figure.update_xaxes(title_text="step", row=2 if validated else 1, col=column)
+    figure.update_yaxes(title_text="loss term", row=1, col=1)
+    if validated:
+        figure.update_yaxes(title_text="validation Dice", row=2, col=1)
+        figure.update_yaxes(range=[0, 1.02], row=2)
+    figure.update_layout(
+        template=TEMPLATE, title=title, height=520 if validated else 340, margin={"t": 92},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yref": "container", "yanchor": "top"},
+    )  # fmt: skip
+    return figure
+
+
+class LiveCurves:
+    """Curves that grow while a training runs; a static figure takes their place at the end.
+
+    Hand ``update`` to the training as its callback. The first call puts the figure on the page; later calls redraw it at
+    most every ``interval`` seconds, so a callback per step costs next to nothing. ``finish`` draws the last state with its
+    picture. Stages follow each other on one axis.
+    """
+
+    def __init__(self, names: Sequence[str], *, title: str = "Training", interval: float = 1.0) -> None:
+        self.history: list[dict[str, Any]] = []
+        self.names, self.title, self.interval = list(names), title, interval
+        self.figure: go.FigureWidget | None = None
+        self._drawn = 0.0
+        self._starts: dict[str, float] = {}
+        self._last = 0.0
+
+    def update(self, stage: str, step: int, terms: Mapping[str, Any]) -> None:
+        """Log one line: ``terms`` maps names to numbers, and may hold ``val_dice``, a mapping of class to Dice."""
+        self._starts.setdefault(stage, self._last)
+        self._last = self._starts[stage] + step
+        self.history.append({"stage": stage, "step": step, **{k: _plain(v) for k, v in terms.items()}})
+        if self.figure is None:
+            self._open()
+        elif time.monotonic() - self._drawn >= self.interval:
+            self._draw()
+
+    def finish(self) -> None:
+        """Close the live figure and show all that was logged as ``training_curves``."""
+        if not self.history:
+            raise ValueError("nothing was logged: hand LiveCurves.update to the training as its callback")
+        if self.figure is not None:
+            self.figure.close()
+            self.figure = None
+        stages = ", ".join(self._starts)
+        show(training_curves(self.history, title=self.title), alt=f"{self.title}: loss terms over the steps of {stages}.")
+
+    def _open(self) -> None:
+        traces = [go.Scatter(name=name, mode="lines", line={"color": SERIES[i % len(SERIES)], "width": 2}, x=[], y=[])
+                  for i, name in enumerate(self.names)]  # fmt: skip
+        layout = {"template": TEMPLATE, "title": self.title, "height": 300, "xaxis": {"title": "step"},
+                  "yaxis": {"title": "loss term"}, "showlegend": True}  # fmt: skip
+        self.figure = go.FigureWidget(traces, layout)
+        self._draw()
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.figure.model_id}
+        alt = f"{self.title}: curves drawn while the training ran; the finished ones follow."
+        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": alt}, raw=True)
+
+    def _draw(self) -> None:
+        assert self.figure is not None
+        with self.figure.batch_update():
+            for trace in self.figure.data:
+                logged = [(self._starts[h["stage"]] + h["step"], h[trace.name]) for h in self.history if trace.name in h]
+                if logged:
+                    trace.x, trace.y = _thin(*zip(*logged, strict=True))
+            latest = self.history[-1]
+            parts = [f"{n} {latest[n]:.3f}" for n in self.names if n in latest]
+            state = f"{latest['stage']}, step {latest['step']} · " + " · ".join(parts)
+            self.figure.layout.title.text = f"{self.title} <span style='font-size:13px'> {state}</span>"
+        self._drawn = time.monotonic()
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and tensors of one number as float; mappings entry by entry."""
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else float(value)
+
+
+def live_curves(names: Sequence[str], *, title: str = "Training", interval: float = 1.0) -> LiveCurves:
+    """Curves of the terms ``names`` for a training that is about to run; see ``LiveCurves``."""
+    return LiveCurves(names, title=title, interval=interval)
