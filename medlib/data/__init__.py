@@ -1,17 +1,25 @@
 """Files in, tensors out: `read_dataset` finds scans, `load_volume` reads one, `prepare` makes arrays of all."""
 
 from .cases import Case, DataError, DatasetInfo, Volume, labelled_cases, slice_positions
+from .prepare import Prepared, Protocol, default_protocol, prepare
 from .readers import DATASETS, dataset_info, load_volume, read_dataset
+from .splits import Split, split_cases
 
 __all__ = [
     "DATASETS",
     "Case",
     "DataError",
     "DatasetInfo",
+    "Prepared",
+    "Protocol",
+    "Split",
     "Volume",
     "dataset_info",
+    "default_protocol",
     "labelled_cases",
     "load_volume",
+    "prepare",
     "read_dataset",
     "slice_positions",
+    "split_cases",
 ]

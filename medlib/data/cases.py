@@ -62,15 +62,16 @@ def labelled_cases(cases: Iterable[Case]) -> list[Case]:
 
 
 def slice_positions(depth: int) -> np.ndarray:
-    """Where each of `depth` slices lies along its volume: (z + 1) / depth, float32 in (0, 1], as CORAL's code has it."""
+    """Where each of `depth` slices lies along its volume: (z + 1) / depth, float32 in (0, 1], as in CORAL's code."""
     return (np.arange(1, depth + 1) / depth).astype(np.float32)
 
 
 @dataclass
 class Volume:
-    """One scan in memory: `image` (Z, H, W) float32 and `label` (Z, H, W) uint8 or None, `spacing` (z, y, x) in mm or None.
+    """One scan in memory: `image` (Z, H, W) float32 and `label` (Z, H, W) uint8 or None, `spacing` (z, y, x) in mm.
 
-    Slice 0 is the same anatomical end in every patient of a data set; the reader's module says which.
+    `spacing` is None where the files do not say. Slice 0 is the same anatomical end in every patient of a data set; the
+    reader's module says which.
     """
 
     case: Case

@@ -21,8 +21,12 @@ def open_nifti(path: Path, dimensions: int) -> nibabel.Nifti1Image:
         image = nibabel.load(path)
     except Exception as error:  # nibabel, gzip and zlib raise a dozen unrelated types for a broken file
         raise DataError(f"{path} cannot be read as NIfTI ({error}): download or unpack it again") from error
+    if not isinstance(image, nibabel.Nifti1Image):
+        raise DataError(f"{path} is a {type(image).__name__}, expected a NIfTI-1 file: convert it")
     if len(image.shape) != dimensions:
-        raise DataError(f"{path} has shape {image.shape}, expected {dimensions} axes: is it another file under this name?")
+        raise DataError(
+            f"{path} has shape {image.shape}, expected {dimensions} axes: is it another file under this name?"
+        )
     return image
 
 

@@ -91,7 +91,7 @@ def ratio_split(cases: Sequence[Case], ratio: float | None = None, seed: int = 0
 
 
 def acdc_split(cases: Sequence[Case], ratio: float | None = None, labelled: int | None = None) -> Split:
-    """The 70/10/20 lists of SSL4MIS; labelled are the first patients in published order (0.01 -> 1, 0.05 -> 3, 0.1 -> 7).
+    """The 70/10/20 lists of SSL4MIS, labelled in published order: ratio 0.01 -> 1, 0.05 -> 3, 0.1 -> 7 patients.
 
     Listed test patients that are not among `cases` (they were never published in SSL4MIS's layout) are left out.
     """
@@ -102,7 +102,9 @@ def acdc_split(cases: Sequence[Case], ratio: float | None = None, labelled: int 
         raise DataError(f"the SSL4MIS split needs {absent[0]} and {len(absent) - 1} more patients that are not here")
     count = _count(lists["train"], ratio, labelled)
     test = tuple(p for p in lists["test"] if p in here)
-    return Split("SSL4MIS 70/10/20", tuple(lists["train"][:count]), tuple(lists["train"][count:]), tuple(lists["val"]), test)
+    return Split(
+        "SSL4MIS 70/10/20", tuple(lists["train"][:count]), tuple(lists["train"][count:]), tuple(lists["val"]), test
+    )
 
 
 def coral_split(cases: Sequence[Case], fold: int, labelled: int) -> Split:
@@ -144,7 +146,9 @@ def split_cases(
         raise ValueError(f"protocol must be 'common' or 'coral', got {protocol!r}")
     if protocol == "coral":
         if name != "acdc" or labelled is None:
-            raise ValueError(f"protocol 'coral' is for 'acdc' with a number of labelled patients, got {name!r}, {labelled}")
+            raise ValueError(
+                f"protocol 'coral' is for 'acdc' with a number of labelled patients, got {name!r}, {labelled}"
+            )
         return coral_split(cases, fold, labelled)
     if name == "acdc":
         lists = published("acdc_ssl4mis")

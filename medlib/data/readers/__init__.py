@@ -82,7 +82,9 @@ def load_volume(case: Case) -> Volume:
     if image.ndim != 3 or 0 in image.shape:
         raise DataError(f"{source} has shape {image.shape}, expected (Z, H, W)")
     if not np.isfinite(image).all():
-        raise DataError(f"{source} has {int((~np.isfinite(image)).sum())} voxels that are not finite: repair or remove it")
+        raise DataError(
+            f"{source} has {int((~np.isfinite(image)).sum())} voxels that are not finite: repair or remove it"
+        )
     if image.min() == image.max():
         raise DataError(f"{source} is {image.min()} everywhere: it is no scan, download it again or remove it")
     if label is not None:

@@ -116,10 +116,14 @@ def _patient_cases(folder: Path, part: str | None) -> list[Case]:
     if cine is not None:
         frames = open_nifti(cine, 4).shape[3]
         if max(phases) > frames:
-            raise DataError(f"{cine} has {frames} frames, but Info.cfg places ED and ES at {sorted(phases)}: not of one scan")
+            raise DataError(
+                f"{cine} has {frames} frames, but Info.cfg places ED and ES at {sorted(phases)}: not of one scan"
+            )
         for number in sorted(set(range(1, frames + 1)) - set(phases)):
             name, facts = f"{patient}_frame{number:02d}", {"phase": "cine", **group}
-            cases.append(Case("acdc", name, patient, (cine,), (), "acdc_nifti", frame=number - 1, part=part, info=facts))
+            cases.append(
+                Case("acdc", name, patient, (cine,), (), "acdc_nifti", frame=number - 1, part=part, info=facts)
+            )
     return cases
 
 

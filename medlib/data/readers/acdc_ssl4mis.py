@@ -67,7 +67,9 @@ def find(root: Path) -> list[Case]:
             if match[3] is None:
                 volumes[name] = path
             elif int(match[3]) in slices.setdefault(name, {}):
-                raise DataError(f"{path} and {slices[name][int(match[3])]} are both slice {match[3]} of {name}: remove one")
+                raise DataError(
+                    f"{path} and {slices[name][int(match[3])]} are both slice {match[3]} of {name}: remove one"
+                )
             else:
                 slices[name][int(match[3])] = path
     _check_slice_list(root, slices)
@@ -112,7 +114,9 @@ def _stack(root: Path, name: str, found: dict[int, Path], volume: Path | None) -
 
 
 def notes(root: Path) -> list[str]:
-    absent = [name for name, part in _listed(root).items() if part == "test" and not (root / "data" / f"{name}.h5").exists()]
+    absent = [
+        name for name, part in _listed(root).items() if part == "test" and not (root / "data" / f"{name}.h5").exists()
+    ]
     if not absent:
         return []
     return [f"{len(absent)} test volumes are listed but not there ({absent[0]}, ...): test scores cannot be reported"]
