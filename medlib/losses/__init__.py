@@ -1,0 +1,11 @@
+"""The losses: pure functions of tensors, one file per paper, and two files that the papers share.
+
+``contrastive``   InfoNCE, SimCLR, positional and partition contrast, and the checks every loss starts with
+``segmentation``  cross-entropy and Dice on labelled pixels
+``coral``         relational and ordinal anatomical learning
+
+Every loss returns a 0-d tensor, computes in at least float32 whatever it is handed, and is finite for any finite input.
+When there is nothing to compare it is exactly 0 and still attached to its input, so ``backward()`` runs. Wrong shapes,
+or a temperature that is not positive, raise ``ValueError``. A loss that a paper defines has its slow, literal
+definition beside it, named ``<loss>_by_definition``: the notebooks print it, the tests compare with it.
+"""
