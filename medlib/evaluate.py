@@ -7,7 +7,7 @@ that other papers' code computes stand beside ours under names of their own.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
+from typing import Any, Literal, TypedDict, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from medlib.data import load_volume
-
-if TYPE_CHECKING:
-    from medlib.data.prepare import Prepared
+from medlib.data.prepare import Prepared
 
 Predict = Callable[[Tensor], Tensor]
 """A network at work, in evaluation mode: (B, 1, ...) images to (B, C, ...) class probabilities that sum to 1 over C."""
@@ -340,7 +338,7 @@ def predict_volume(
 
 def segment(
     predict: Predict,
-    prepared: "Prepared",
+    prepared: Prepared,
     *,
     device: torch.device | str = "cpu",
     patch: tuple[int, int, int] | None = None,
@@ -353,7 +351,7 @@ def segment(
 
 def evaluate(
     predict: Predict,
-    prepared: "Sequence[Prepared]",
+    prepared: Sequence[Prepared],
     classes: int | Sequence[str],
     *,
     device: torch.device | str = "cpu",
