@@ -156,7 +156,7 @@ class Verdict:
 def check(
     answer: object, reference: object, cases: Sequence[tuple] = (), name: str = "exercise", tolerance: float = 1e-5
 ) -> Verdict:
-    """Compare an exercise's ``answer`` with ``reference``, without raising for any answer: an unsolved notebook stays green.
+    """Compare an exercise's ``answer`` with ``reference``. No answer makes it raise: an unsolved notebook stays green.
 
     Where ``reference`` is a function, so should be the answer, and both are called with each tuple of arguments in
     ``cases``; otherwise the two values are compared. Values may be numbers, tensors, arrays, texts, and tuples, lists

@@ -18,8 +18,8 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, obje
     monkeypatch.delenv("MEDLIB_SCALE", raising=False)
     return {
         "__name__": "__main__", "In": [""], "Out": {}, "exit": exit, "get_ipython": lambda: None, "_i1": "",
-        "math": math, "start": start, "dataset": "acdc", "data_root": "phantom", "ratio": 0.1, "scale": "laptop", "seed": 0,
-        "device": "cpu", "output_dir": str(tmp_path / "runs"), "variant": "paper",
+        "math": math, "start": start, "dataset": "acdc", "data_root": "phantom", "ratio": 0.1, "scale": "laptop",
+        "seed": 0, "device": "cpu", "output_dir": str(tmp_path / "runs"), "variant": "paper",
     }  # fmt: skip
 
 
