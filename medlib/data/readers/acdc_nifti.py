@@ -9,10 +9,9 @@ be closer to left-right than to head-feet). The canonical frame is
 - H: the other one, turned so that (W, H, Z) is right-handed. Rows then run towards the back and the feet, and the
   right ventricle lies to the left of the left one. No choice depends on a small number, and no heart is mirrored.
 
-A header whose slice axis runs exactly along head-feet describes no short-axis stack: it has kept the spacing and lost
-the orientation, as files of this release do that were written with an identity direction matrix. Their slices lie
-base first along +S (measured on the same stacks in SSL4MIS's form, see `acdc_ssl4mis`), so there Z is -S, W left,
-H posterior.
+A header whose slice axis runs exactly along head-feet describes no short-axis stack: it kept the spacing and lost the
+orientation (an identity direction matrix). Such a stack is taken to lie base first along +S, the order measured on the
+real ones in SSL4MIS's form (see `acdc_ssl4mis`); there Z is -S, W left and H posterior.
 """
 
 import re
