@@ -11,12 +11,14 @@ from medlib.data.phantoms.shapes import Array, Grid, rotate
 
 
 def coil_field(grid: Grid, reach: float, angle: float, ripple: Array) -> Array:
-    """Receive sensitivity (H, W), 1 at the centre: falls off along `angle` with 1/e length `reach` mm, times exp(`ripple`)."""
+    """Receive sensitivity (H, W): 1 at the centre, grows against `angle` by e every `reach` mm, times exp(`ripple`)."""
     along, _ = rotate(grid.x, grid.y, angle)
     return np.exp(np.clip(-along / reach, -2, 2) + ripple)
 
 
-def scan(signal: Array, rng: np.random.Generator, *, field: Array, sigma: float, gain: float, blur: float) -> np.ndarray:
+def scan(
+    signal: Array, rng: np.random.Generator, *, field: Array, sigma: float, gain: float, blur: float
+) -> np.ndarray:
     """What the scanner stores for `signal` (..., H, W), where blood is 1: int16 of the same shape.
 
     The receive field (H, W) multiplies the signal; complex noise of `sigma` (share of blood) is added before the

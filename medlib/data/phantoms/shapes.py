@@ -4,18 +4,19 @@ Everything lives on a `Grid` in mm. A pixel that a contour cuts is covered in pa
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, zoom
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]  # float32 throughout; a plain float mixes in without widening it
 Window = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Pixel centres of one slice in mm: `x` (1, W) grows to the right, `y` (H, 1) grows downwards, `pixel` is their step."""
+    """Pixel centres of a slice in mm: `x` (1, W) grows to the right, `y` (H, 1) downwards, `pixel` is their step."""
 
     x: Array
     y: Array
@@ -50,7 +51,7 @@ def rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
 
 
 def ellipse_distance(x: Array, y: Array, a: Array | float, b: Array | float) -> Array:
-    """Distance in mm to the ellipse with half axes a, b (mm, > 0), first order: exact on a circle, good near any outline."""
+    """Distance in mm to the ellipse with half axes a, b (mm, > 0): exact for a circle, first order near any outline."""
     u, v = x / a, y / b
     rho = np.sqrt(u * u + v * v) + np.float32(1e-6)
     slope = np.sqrt((u / a) ** 2 + (v / b) ** 2) / rho + np.float32(1e-6)
@@ -58,8 +59,13 @@ def ellipse_distance(x: Array, y: Array, a: Array | float, b: Array | float) -> 
 
 
 def coverage(distance: Array, width: float) -> Array:
-    """Share of a pixel of `width` mm inside a contour at signed `distance` mm: 1 inside, 0 outside, linear in between."""
+    """Share of a pixel of `width` mm inside a contour at `distance` mm: 1 inside, 0 outside, linear in between."""
     return np.clip(0.5 - distance / width, 0, 1)
+
+
+def rim(distance: Array, width: float) -> Array:
+    """Share of a pixel of `width` mm that a contour line passes through: 1 on the contour, 0 a pixel away."""
+    return np.clip(1 - np.abs(distance) / width, 0, 1)
 
 
 def paint(signal: Array, cover: Array, value: Array | float) -> None:
@@ -100,10 +106,10 @@ class Pose:
 
 @dataclass(frozen=True)
 class Ellipsoid:
-    """A body of nested shells in mm: `layers` are (depth below the surface in mm, signal), painted from outside to inside."""
+    """A body of nested shells in mm: `layers` are (depth below the surface, signal), painted from outside to inside."""
 
-    centre: tuple[float, float, float]  # x, y, z
-    axes: tuple[float, float, float]  # half axes
+    centre: tuple[float, ...]  # x, y, z
+    axes: tuple[float, ...]  # half axes along x, y, z before the turn
     angle: float  # in-plane turn, radian
     layers: tuple[tuple[float, float], ...]
 
@@ -114,12 +120,12 @@ class Ellipsoid:
         if section < 0.02:
             return
         a, b = a * section**0.5, b * section**0.5
-        here = pose.outside(*self.centre[:2])
-        window = grid.window(*here, max(a, b) + grid.pixel - min(0, self.layers[0][0]))
+        here = pose.outside(self.centre[0], self.centre[1])
+        window = grid.window(here[0], here[1], max(a, b) + grid.pixel - min(0, self.layers[0][0]))
         part = signal[window]
         if part.size == 0:
             return
-        x, y = Pose(*here, pose.angle + self.angle).inside(grid.crop(window))
+        x, y = Pose(here[0], here[1], pose.angle + self.angle).inside(grid.crop(window))
         distance = ellipse_distance(x, y, a, b)
         for depth, value in self.layers:
             cover = coverage(distance + depth, grid.pixel)

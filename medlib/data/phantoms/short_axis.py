@@ -7,16 +7,27 @@
 * picture: x to the right of the picture (the patient's left), y downwards (posterior, inferior), mm from the heart.
 
 Slice 0 is the apical (inferior) end. End diastole is contraction 0, end systole contraction 1. Myocardium is
-incompressible: where the cavity shrinks, the wall thickens. Labels follow ACDC: 1 RV cavity, 2 LV myocardium, 3 LV cavity
-with its papillary muscles and trabeculae; atria, vessels and the thin wall of the RV are background.
+incompressible: where the cavity shrinks, the wall thickens. Labels follow ACDC: 1 RV cavity, 2 LV myocardium, 3 LV
+cavity with its papillary muscles and trabeculae; atria, vessels and the thin wall of the RV are background.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from medlib.data.phantoms.acquisition import coil_field, scan
-from medlib.data.phantoms.shapes import Array, Ellipsoid, Grid, Pose, coverage, ellipse_distance, paint, smooth_noise
+from medlib.data.phantoms.shapes import (
+    Array,
+    Ellipsoid,
+    Grid,
+    Pose,
+    coverage,
+    ellipse_distance,
+    paint,
+    rim,
+    smooth_noise,
+)
 
 GROUPS = ("NOR", "DCM", "HCM", "MINF", "RV")
 
@@ -58,11 +69,11 @@ class Group:
     cavity: Range = Range(22, 27)  # radius of the LV cavity at the equator, mm
     wall: Range = Range(7, 10)  # LV wall, mm
     septum: Range = Range(0, 1.5)  # extra thickness of the septum, mm
-    length: Range = Range(74, 94)  # LV apex to valve plane, mm
+    length: Range = Range(66, 92)  # LV apex to valve plane, mm
     shortening: Range = Range(0.27, 0.37)  # radius of the LV cavity lost at end systole, share
     longitudinal: Range = Range(0.10, 0.16)  # length lost at end systole, share
     scar: Range = Range(0, 0)  # wall thickness lost inside the scar, share (0: no scar)
-    bulge: Range = Range(24, 34)  # how far the RV reaches beyond the LV's outer wall at the base, mm
+    bulge: Range = Range(19, 29)  # how far the RV reaches beyond the LV's outer wall at the base, mm
     rv_shortening: Range = Range(0.36, 0.5)  # bulge lost at end systole, share
     flattening: Range = Range(0, 0.04)  # septum pushed towards the LV, share of the radius
 
@@ -70,21 +81,37 @@ class Group:
 GROUP_RANGES = {
     "NOR": Group(),
     "DCM": Group(
-        cavity=Range(31, 38), wall=Range(6, 8.5), length=Range(86, 106), shortening=Range(0.05, 0.15),
-        longitudinal=Range(0.03, 0.07), bulge=Range(24, 38), rv_shortening=Range(0.15, 0.4),
+        cavity=Range(31, 38),
+        wall=Range(6, 8.5),
+        length=Range(86, 106),
+        shortening=Range(0.05, 0.15),
+        longitudinal=Range(0.03, 0.07),
+        bulge=Range(20, 34),
+        rv_shortening=Range(0.15, 0.4),
     ),
     "HCM": Group(
-        cavity=Range(19, 24), wall=Range(11, 14), septum=Range(4, 9), length=Range(74, 92),
-        shortening=Range(0.38, 0.5), bulge=Range(20, 30),
+        cavity=Range(19, 24),
+        wall=Range(11, 14),
+        septum=Range(4, 9),
+        length=Range(66, 90),
+        shortening=Range(0.38, 0.5),
+        bulge=Range(17, 26),
     ),
     "MINF": Group(
-        cavity=Range(25, 32), wall=Range(7.5, 10), length=Range(80, 100), shortening=Range(0.16, 0.24),
-        longitudinal=Range(0.05, 0.1), scar=Range(0.4, 0.65),
+        cavity=Range(25, 32),
+        wall=Range(7.5, 10),
+        length=Range(80, 100),
+        shortening=Range(0.16, 0.24),
+        longitudinal=Range(0.05, 0.1),
+        scar=Range(0.4, 0.65),
     ),
     "RV": Group(
-        cavity=Range(20, 25), bulge=Range(38, 50), rv_shortening=Range(0.1, 0.28), flattening=Range(0.06, 0.2),
+        cavity=Range(20, 25),
+        bulge=Range(33, 45),
+        rv_shortening=Range(0.1, 0.28),
+        flattening=Range(0.06, 0.2),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +124,7 @@ class Heart:
     septum: float  # extra wall at the septum
     length: float  # LV apex to valve plane
     equator: float  # where the LV is widest, share of the length
-    outline: tuple[float, float, float, float]  # cos 2a, sin 2a, cos 3a, sin 3a of the outline, share of the radius
+    outline: tuple[float, ...]  # cos 2a, sin 2a, cos 3a, sin 3a of the outline, share of the radius
     shortening: float  # cavity radius lost at end systole, share
     longitudinal: float  # length lost at end systole, share
     flattening: float  # septum pushed in, share of the radius
@@ -105,7 +132,7 @@ class Heart:
     scar_angle: float  # middle of the scar
     scar_width: float  # half width of the scar
     scar_reach: tuple[float, float]  # scar from .. to, share of the length
-    valve_tilt: tuple[float, float]  # slope of the valve plane along x, y
+    valve_tilt: tuple[float, ...]  # slope of the valve plane along x, y
     bulge: float  # RV beyond the LV's outer wall, at the base
     rv_shortening: float  # bulge lost at end systole, share
     rv_apex: float  # where the RV begins, share of the length
@@ -116,6 +143,10 @@ class Heart:
     trabeculae: float  # strength of the meshwork inside RV and LV, 0..1
     fat: float  # epicardial fat, mean thickness
     atrium: float  # radius of the left atrium
+
+
+def _floats(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)  # plain floats keep float32 arrays float32
 
 
 def draw_heart(rng: np.random.Generator, group: str, difficulty: Difficulty) -> Heart:
@@ -130,7 +161,7 @@ def draw_heart(rng: np.random.Generator, group: str, difficulty: Difficulty) -> 
         septum=ranges.septum.draw(rng),
         length=ranges.length.draw(rng),
         equator=rng.uniform(0.66, 0.8),
-        outline=tuple(shape * rng.normal(0, (0.035, 0.035, 0.018, 0.018))),
+        outline=_floats(shape * rng.normal(0, (0.035, 0.035, 0.018, 0.018))),
         shortening=ranges.shortening.draw(rng),
         longitudinal=ranges.longitudinal.draw(rng),
         flattening=ranges.flattening.draw(rng),
@@ -138,11 +169,11 @@ def draw_heart(rng: np.random.Generator, group: str, difficulty: Difficulty) -> 
         scar_angle=rng.uniform(-np.pi, np.pi),
         scar_width=rng.uniform(0.5, 0.95),
         scar_reach=(start, start + rng.uniform(0.4, 0.65)),
-        valve_tilt=tuple(rng.normal(0, 0.1, 2).clip(-0.2, 0.2)),
+        valve_tilt=_floats(rng.normal(0, 0.1, 2).clip(-0.2, 0.2)),
         bulge=ranges.bulge.draw(rng),
         rv_shortening=ranges.rv_shortening.draw(rng),
         rv_apex=rng.uniform(0.14, 0.3),
-        rv_height=rng.uniform(0.86, 1.1),
+        rv_height=rng.uniform(0.95, 1.2),
         rv_outflow=rng.uniform(2, 14),
         rv_top=rng.uniform(-3, 9),
         papillary=tuple(
@@ -161,7 +192,7 @@ TISSUES = {
     "rv_blood": (0.92, 0.1),
     "lung": (0.05, 0.4),
     "air": (0.01, 0.0),
-    "fat": (0.95, 0.4),
+    "fat": (0.85, 0.4),
     "muscle": (0.27, 0.22),
     "liver": (0.38, 0.25),
     "spleen": (0.5, 0.25),
@@ -177,8 +208,10 @@ Tissues = dict[str, float]
 def draw_tissues(rng: np.random.Generator, difficulty: Difficulty) -> Tissues:
     """The signal of each tissue in one patient; a patient's contrast curve (gamma) bends them all."""
     gamma = np.exp(difficulty.contrast * rng.normal(0, 0.16))
-    draws = {name: mean * np.exp(difficulty.contrast * spread * rng.normal()) for name, (mean, spread) in TISSUES.items()}
-    return {"blood": 1.0, **{name: float(value**gamma) for name, value in draws.items()}}
+    signals = {"blood": 1.0}
+    for name, (mean, spread) in TISSUES.items():
+        signals[name] = float((mean * np.exp(difficulty.contrast * spread * rng.normal())) ** gamma)
+    return signals
 
 
 @dataclass(frozen=True)
@@ -190,32 +223,37 @@ class Body:
     taper: float  # share of the half axes lost over the length of the heart
     muscle: float  # chest wall muscle
     fat: float  # fat under the skin
-    fat_lobes: tuple[float, float, float, float]  # cos a, sin a, cos 2a, sin 2a of the fat's thickness
+    fat_lobes: tuple[float, ...]  # cos a, sin a, cos 2a, sin 2a of the fat's thickness, share
+    outline: tuple[float, ...]  # cos 2a, sin 2a, cos 3a, sin 3a of the chest wall, mm
     ribs: tuple[tuple[float, float], ...]  # angle, radius
     diaphragm: tuple[float, float, float]  # depth below the heart at the base, at the apex; tilt
     organs: tuple[Ellipsoid, ...]  # inside the abdomen
-    vessels: tuple[Ellipsoid, ...]  # spine, great vessels, vessels of the lung
+    vessels: tuple[Ellipsoid, ...]  # spine, great vessels
+    lungs: tuple[Ellipsoid, ...]  # vessels of the lungs
     arm: Ellipsoid | None
 
 
 def draw_body(rng: np.random.Generator, heart: Heart, tissues: Tissues, difficulty: Difficulty) -> Body:
     """A chest that fits the heart."""
     reach = heart.cavity + heart.wall  # outer radius of the LV
-    width, height = rng.uniform(115, 150), rng.uniform(92, 122)
+    width, height = rng.uniform(112, 165), rng.uniform(95, 135)
     front = reach + rng.uniform(4, 26) + 0.3 * heart.bulge  # heart centre to the inner chest wall
     centre = (rng.uniform(-25, 20), height - front)
-    floor = reach + rng.uniform(28, 52), reach * 0.45 + rng.uniform(2, 18)
+    floor = reach + rng.uniform(6, 34), reach * 0.35 + rng.uniform(0, 14)
+    ribs = _floats(np.arange(-2.9, 2.9, rng.uniform(0.3, 0.45)))
     return Body(
         centre=centre,
         inside=(width, height),
         taper=rng.uniform(0.08, 0.3),
         muscle=rng.uniform(5, 13),
         fat=rng.uniform(4, 32),
-        fat_lobes=tuple(rng.normal(0, (0.3, 0.25, 0.2, 0.2))),
-        ribs=tuple((a + rng.normal(0, 0.06), rng.uniform(3, 6)) for a in np.arange(-2.9, 2.9, rng.uniform(0.3, 0.45))),
+        fat_lobes=_floats(rng.normal(0, (0.3, 0.25, 0.2, 0.2))),
+        outline=_floats(rng.normal(0, (5, 5, 5, 5))),
+        ribs=tuple((angle + rng.normal(0, 0.06), rng.uniform(3, 6)) for angle in ribs),
         diaphragm=(*floor, rng.uniform(-0.15, 0.35)),
         organs=_draw_abdomen(rng, heart, tissues, floor, difficulty),
-        vessels=_draw_vessels(rng, heart, tissues, centre, height, difficulty),
+        vessels=_draw_vessels(rng, heart, tissues, centre, height),
+        lungs=_draw_lungs(rng, heart, tissues, difficulty),
         arm=_draw_arm(rng, tissues, centre, width) if rng.random() < 0.35 else None,
     )
 
@@ -223,67 +261,105 @@ def draw_body(rng: np.random.Generator, heart: Heart, tissues: Tissues, difficul
 def _draw_abdomen(
     rng: np.random.Generator, heart: Heart, tissues: Tissues, floor: tuple[float, float], difficulty: Difficulty
 ) -> tuple[Ellipsoid, ...]:
-    """Liver, spleen, bowel, kidney and stomach, from back to front; stomach and bowel are rings that resemble the heart."""
+    """Bowel, liver, spleen, kidney and stomach; stomach and bowel are rings that resemble the heart."""
     z = heart.length
-    organs = []
+    organs: list[Ellipsoid] = []
 
-    def organ(centre: tuple[float, float, float], axes: tuple[float, float, float], *layers: tuple[float, float]) -> None:
+    def organ(centre: tuple[float, ...], axes: tuple[float, ...], *layers: tuple[float, float]) -> None:
         jitter = rng.normal(0, 7, 3)
-        organs.append(Ellipsoid(tuple(np.add(centre, jitter)), tuple(np.multiply(axes, rng.uniform(0.8, 1.2, 3))),
-                                rng.uniform(-0.5, 0.5), layers))  # fmt: skip
+        organs.append(
+            Ellipsoid(
+                _floats(np.add(centre, jitter)),
+                _floats(np.multiply(axes, rng.uniform(0.8, 1.2, 3))),
+                rng.uniform(-0.5, 0.5),
+                layers,
+            )
+        )
 
     for _ in range(round(difficulty.clutter * rng.integers(8, 20))):  # bowel loops
         size = rng.uniform(9, 24)
-        lumen = rng.choice([tissues["lung"], tissues["omentum"], tissues["fluid"], tissues["spleen"]], p=[0.2, 0.3, 0.2, 0.3])
+        lumen = tissues[rng.choice(("lung", "omentum", "fluid", "spleen"), p=(0.2, 0.3, 0.2, 0.3))]
         place = (rng.uniform(-110, 110), rng.uniform(floor[1], floor[1] + 130), rng.uniform(-40, 0.6 * z))
         organ(place, (size * rng.uniform(0.8, 1.8), size, size * 1.5), (0, tissues["wall"]), (rng.uniform(2, 4), lumen))
     organ((-70, floor[0] + 25, 0.45 * z), (95, 55, 85), (0, tissues["liver"]))
     organ((75, floor[0] + 40, 0.5 * z), (28, 42, 60), (0, tissues["spleen"]))
-    organ((30, floor[0] + 75, 0.2 * z), (26, 36, 45), (0, tissues["omentum"]), (9, tissues["liver"]), (17, tissues["fat"]))
+    organ(
+        (30, floor[0] + 75, 0.2 * z), (26, 36, 45), (0, tissues["omentum"]), (9, tissues["liver"]), (17, tissues["fat"])
+    )
     for _ in range(round(difficulty.clutter * rng.integers(4, 10))):  # vessels of the liver
         place = (rng.uniform(-130, -20), floor[0] + rng.uniform(-10, 60), rng.uniform(0, z))
         organ(place, (rng.uniform(2, 9), rng.uniform(2, 4), 15), (0, tissues["vessel"] * rng.uniform(0.5, 1)))
-    content = rng.choice([tissues["fluid"], tissues["blood"], tissues["omentum"], tissues["spleen"], tissues["lung"]])
+    content = tissues[rng.choice(("fluid", "blood", "omentum", "spleen", "lung"))]
     size = rng.uniform(18, 32)
     if rng.random() < difficulty.clutter:  # the stomach: a bright lumen in a dark wall, next to the apex
-        organ((rng.uniform(15, 60), floor[1] + size + rng.uniform(12, 30), 0.2 * z), (size * 1.3, size, 60),
-              (0, tissues["wall"]), (rng.uniform(3, 6), content), (size * 0.5, content * rng.uniform(0.5, 1.1)))  # fmt: skip
+        organ(
+            (rng.uniform(15, 60), floor[1] + size + rng.uniform(12, 30), 0.2 * z),
+            (size * 1.3, size, 60),
+            (0, tissues["wall"]),
+            (rng.uniform(3, 6), content),
+            (size * 0.5, content * rng.uniform(0.5, 1.1)),
+        )
     return tuple(organs)
 
 
 def _draw_vessels(
-    rng: np.random.Generator, heart: Heart, tissues: Tissues, centre: tuple[float, float], height: float,
-    difficulty: Difficulty,
-) -> tuple[Ellipsoid, ...]:  # fmt: skip
-    """Spine with its canal, descending aorta, caval vein, oesophagus, vessels of the lungs."""
+    rng: np.random.Generator, heart: Heart, tissues: Tissues, centre: tuple[float, float], height: float
+) -> tuple[Ellipsoid, ...]:
+    """Spine with its canal, descending aorta, caval vein, oesophagus."""
     z, blood = heart.length, tissues["vessel"]
     spine_x, spine_y = rng.uniform(-45, 5), centre[1] + height - rng.uniform(12, 34)
     aorta = rng.uniform(9, 14)
     vein = rng.uniform(9, 14)
     near = heart.cavity + heart.wall
-    vessels = [
+    return (
         Ellipsoid((spine_x, spine_y, 0.5 * z), (23, 19, 400), 0, ((0, tissues["wall"] * 0.5), (2, tissues["marrow"]))),
-        Ellipsoid((spine_x - 3, spine_y + 27, 0.5 * z), (9, 7, 400), 0, ((0, tissues["fluid"]), (4, tissues["muscle"]))),
-        Ellipsoid((spine_x + rng.uniform(18, 40), min(spine_y - 12, near + rng.uniform(22, 45)), 0.6 * z),
-                  (aorta, aorta, 400), 0, ((-2, tissues["wall"]), (0, blood))),
-        Ellipsoid((spine_x - rng.uniform(-5, 22), near + rng.uniform(18, 32), 0.6 * z), (vein * 1.3, vein, 300),
-                  rng.uniform(-0.5, 0.5), ((0, blood * rng.uniform(0.6, 1)),)),
-        Ellipsoid((spine_x + rng.uniform(0, 20), near + rng.uniform(14, 22), 0.9 * z), (8, 6, 300), 0,
-                  ((0, tissues["muscle"]), (3, tissues["muscle"] * 0.5))),
-    ]  # fmt: skip
-    for _ in range(round(difficulty.clutter * rng.integers(30, 70))):  # lung vessels, more and larger towards the hilum
-        size = rng.gamma(3, 0.45) + 0.6
-        where = rng.normal((20, -5, 0.9 * z), (75, 45, 40))
-        vessels.append(Ellipsoid(tuple(where), (size * rng.uniform(1, 2.5), size, rng.uniform(4, 15)),
-                                 rng.uniform(-1.6, 1.6), ((0, blood * rng.uniform(0.25, 0.9)),)))  # fmt: skip
+        Ellipsoid(
+            (spine_x - 3, spine_y + 27, 0.5 * z), (9, 7, 400), 0, ((0, tissues["fluid"]), (4, tissues["muscle"]))
+        ),
+        Ellipsoid(
+            (spine_x + rng.uniform(18, 40), min(spine_y - 12, near + rng.uniform(22, 45)), 0.6 * z),
+            (aorta, aorta, 400),
+            0,
+            ((-2, tissues["wall"]), (0, blood)),
+        ),
+        Ellipsoid(
+            (spine_x - rng.uniform(-5, 22), near + rng.uniform(18, 32), 0.6 * z),
+            (vein * 1.3, vein, 300),
+            rng.uniform(-0.5, 0.5),
+            ((0, blood * rng.uniform(0.6, 1)),),
+        ),
+        Ellipsoid(
+            (spine_x + rng.uniform(0, 20), near + rng.uniform(14, 22), 0.9 * z),
+            (8, 6, 300),
+            0,
+            ((0, tissues["muscle"]), (3, tissues["muscle"] * 0.5)),
+        ),
+    )
+
+
+def _draw_lungs(
+    rng: np.random.Generator, heart: Heart, tissues: Tissues, difficulty: Difficulty
+) -> tuple[Ellipsoid, ...]:
+    """Vessels of the lungs: bright dots and branches, larger near the heart."""
+    vessels = []
+    for _ in range(round(difficulty.clutter * rng.integers(50, 130))):
+        x, y, z = _floats(rng.normal((15, -15, 0.7 * heart.length), (70, 40, 40)))
+        size = (0.8 + rng.gamma(2, 0.6)) * (1.5 if np.hypot(x, y) < 70 else 1)
+        axes = (size * rng.uniform(1, 2.5), size, rng.uniform(4, 14))
+        signal = tissues["vessel"] * rng.uniform(0.35, 1)
+        vessels.append(Ellipsoid((x, y, z), axes, rng.uniform(-1.6, 1.6), ((0, signal),)))
     return tuple(vessels)
 
 
 def _draw_arm(rng: np.random.Generator, tissues: Tissues, centre: tuple[float, float], width: float) -> Ellipsoid:
-    side, size = rng.choice([-1.0, 1.0], p=[0.25, 0.75]), rng.uniform(26, 40)
+    side, size = float(rng.choice([-1, 1], p=[0.25, 0.75])), rng.uniform(26, 40)
     place = (centre[0] + side * (width + rng.uniform(20, 45)), centre[1] - rng.uniform(50, 110), rng.uniform(-60, 0))
-    layers = ((0, tissues["fat"]), (rng.uniform(4, 10), tissues["muscle"]), (size - 9, tissues["wall"] * 0.3),
-              (size - 6, tissues["marrow"]))  # fmt: skip
+    layers = (
+        (0, tissues["fat"]),
+        (rng.uniform(4, 10), tissues["muscle"]),
+        (size - 9, tissues["wall"] * 0.3),
+        (size - 6, tissues["marrow"]),
+    )
     return Ellipsoid(place, (size, size * rng.uniform(1, 1.6), 120), rng.uniform(-0.6, 0.6), layers)
 
 
@@ -296,29 +372,30 @@ class Stack:
     start: float  # height of slice 0 in the heart's frame, mm (negative: below the apex)
     turn: float  # heart in the picture, radian
     roll: float  # body in the picture, radian
-    offset: tuple[float, float]  # heart in the picture, mm from the centre
-    drift: tuple[float, float]  # heart's axis against the slice normal: mm sideways per mm along
+    offset: tuple[float, ...]  # heart in the picture, mm from the centre
+    drift: tuple[float, ...]  # heart's axis against the slice normal: mm sideways per mm along
     shifts: Array  # (slices, 2) breath-hold shift of each slice, mm
 
 
 def draw_stack(rng: np.random.Generator, heart: Heart, difficulty: Difficulty) -> Stack:
     """6-12 slices 5-10 mm apart that span the heart from about its apex to about its valves; 1.2-1.8 mm pixels."""
     pose = difficulty.pose
-    covered = heart.length + rng.uniform(2, 16)  # the stack reaches beyond the heart, below and above
+    covered = heart.length + rng.uniform(-18, 14)  # some stacks miss an end of the heart, some reach beyond it
     fewest = int(np.clip(np.ceil(covered / 10), 6, 12))
     slices = int(min(12, fewest + rng.integers(0, 4)))
     step = round(float(np.clip(covered / slices, 5, 10)), 2)
     pixel = round(float(rng.uniform(1.2, 1.8)), 3)
     view = rng.uniform(270, 350)
-    rows, columns = (int(np.clip(2 * round(view * share / pixel / 2), 160, 256)) for share in rng.permuted((1, rng.uniform(0.8, 1))))
+    sides = _floats(rng.permuted((view, view * rng.uniform(0.8, 1))))  # the field of view is rarely square
+    rows, columns = (int(np.clip(2 * round(side / pixel / 2), 160, 256)) for side in sides)
     return Stack(
         shape=(slices, rows, columns),
         spacing=(step, pixel, pixel),
-        start=-rng.uniform(0.25, 0.75) * max(0.0, slices * step - heart.length) + step / 2,
-        turn=float(np.clip(pose * rng.normal(0.45, 0.35), 0.45 - 0.7 * pose, 0.45 + 0.7 * pose)),
-        roll=float(np.clip(pose * rng.normal(0, 0.15), -0.3 * pose, 0.3 * pose)),
-        offset=tuple(pose * rng.uniform(-22, 22, 2)),
-        drift=tuple(pose * rng.normal(0, 0.08, 2)),
+        start=-rng.uniform(0.2, 0.8) * (slices * step - heart.length) + step / 2,
+        turn=0.45 + float(np.clip(pose * rng.normal(0, 0.3), -0.55 * pose, 0.55 * pose)),
+        roll=float(np.clip(pose * rng.normal(0, 0.25), -0.5 * pose, 0.5 * pose)),
+        offset=_floats(pose * rng.uniform(-22, 22, 2)),
+        drift=_floats(pose * rng.normal(0, 0.08, 2)),
         shifts=(pose * rng.normal(0, 1.3, (slices, 2))).astype(np.float32),
     )
 
@@ -336,10 +413,13 @@ def _step(value: Array | float, low: float, high: float) -> Array:
     return t * t * (3 - 2 * t)
 
 
-def left_ventricle(heart: Heart, angle: Array, z: float, contraction: Array) -> tuple[Array, Array]:
-    """Outer and inner radius (mm, towards each `angle`) of the LV wall at height z; inner <= 0 where there is no cavity.
+ANGLES = np.linspace(-np.pi, np.pi, 720, endpoint=False, dtype=np.float32)
 
-    `contraction` (F, 1, 1) broadcasts against `angle` (H, W). The apex stays, the base comes down; a slice therefore sees
+
+def left_ventricle(heart: Heart, angle: Array, z: float, contraction: Array) -> tuple[Array, Array]:
+    """Outer and inner radius in mm of the LV wall towards each `angle` at height z; inner <= 0 where no cavity is.
+
+    `contraction` (F, 1) broadcasts against `angle` (A,). The apex stays, the base comes down; a slice therefore sees
     other myocardium at end systole than at end diastole.
     """
     shortened = 1 - heart.longitudinal * contraction
@@ -351,7 +431,8 @@ def left_ventricle(heart: Heart, angle: Array, z: float, contraction: Array) -> 
     outer = (heart.cavity + heart.wall) * profile * (outline - heart.flattening * septal * _step(t, 0.2, 0.6))
 
     low, high = heart.scar_reach
-    scar = _bump(angle, heart.scar_angle, heart.scar_width) ** 0.5 * _step(t, low - 0.1, low) * (1 - _step(t, high, high + 0.1))
+    scar = _step(t, low - 0.1, low) * (1 - _step(t, high, high + 0.1))
+    scar = scar * _bump(angle, heart.scar_angle, heart.scar_width) ** 0.5
     wall = (heart.wall + heart.septum * septal * _step(t, 0.15, 0.5)) * (0.62 + 0.38 * _step(t, 0.0, 0.4))
     wall = wall * (1 - heart.scar * scar)
     inner = outer - wall
@@ -380,16 +461,30 @@ def right_ventricle(heart: Heart, x: Array, y: Array, z: float, contraction: Arr
 
 
 def paint_heart(
-    signal: Array, labels: Array, heart: Heart, tissues: Tissues, x: Array, y: Array, pixel: float, z: float,
-    thickness: float, contraction: Array, mesh: Array, flow: Array,
-) -> None:  # fmt: skip
+    signal: Array,
+    labels: Array,
+    heart: Heart,
+    tissues: Tissues,
+    grid: tuple[Array, Array, float],
+    z: float,
+    thickness: float,
+    contraction: Array,
+    noise: Sequence[Array],
+) -> None:
     """Paint one plane of the heart over `signal` (F, H, W) and add its classes to `labels` (4, F, H, W), in place.
 
-    `x` and `y` (H, W) are the heart's own coordinates in mm. The plane stands for `thickness` mm. `mesh` and `flow`
-    (H, W) are noise of unit variance: trabeculae, and the mottling of blood that moves.
+    `grid` is x (H, W) and y (H, W) in the heart's frame and the pixel, in mm. The plane stands for `thickness` mm.
+    `noise` are three fields (H, W) of unit variance, fine to coarse: trabeculae, blood mottled by its flow, uneven fat.
     """
+    x, y, pixel = grid
+    mesh, flow, swell = noise
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    outer, inner = left_ventricle(heart, angle, z, contraction)
+    outer, inner = left_ventricle(heart, ANGLES, z, contraction[..., 0])
+    depth = inner.mean(-1)[:, None, None]  # mean radius of the cavity
+    nearest = (angle * (len(ANGLES) / (2 * np.pi))).astype(np.intp)
+    nearest += len(ANGLES) // 2
+    nearest[nearest == len(ANGLES)] = 0
+    outer, inner = outer[:, nearest], inner[:, nearest]
     epicardium, endocardium = radius - outer, radius - inner
     free_wall = right_ventricle(heart, x, y, z, contraction)
     tilt = heart.valve_tilt[0] * x + heart.valve_tilt[1] * y
@@ -399,10 +494,10 @@ def paint_heart(
     below_right = np.clip(0.5 - (z - tricuspid) / thickness, 0, 1)
 
     whole = np.minimum(epicardium, free_wall)
-    lobes = heart.fat * (1 + 0.7 * np.cos(angle + 2.2) + 0.5 * mesh)  # thickest in front of the RV and in the grooves
-    paint(signal, coverage(whole - 3 - lobes, pixel), tissues["fat"] * 0.9)
+    lobes = heart.fat * (0.8 + 0.8 * np.cos(angle + 2.2) + 0.6 * swell)  # thickest in front of the RV
+    paint(signal, coverage(whole - 3 - np.clip(lobes, -1, 18), pixel), tissues["fat"] * 0.9)
     if z > 0.75 * heart.length:
-        _paint_atria(signal, heart, tissues, x, y, pixel, z, flow)
+        _paint_atria(signal, heart, tissues, grid, z, flow)
 
     paint(signal, coverage(free_wall - 3, pixel) * below_right, tissues["myocardium"])
     blood = tissues["rv_blood"] * (1 + 0.07 * flow)
@@ -416,10 +511,10 @@ def paint_heart(
     meshwork = heart.trabeculae * np.clip(mesh - 0.2, 0, 1) * _step(-endocardium, 5, 0)
     paint(signal, left, blood + meshwork * (tissues["myocardium"] - blood))
     t = z / heart.length
-    for where, size, depth in heart.papillary:
+    for where, size, place in heart.papillary:
         size = size * float(_step(t, 0.1, 0.3) * (1 - _step(t, 0.6, 0.75)))
         if size > 0.5:
-            away = depth * np.maximum(inner.mean((-2, -1), keepdims=True), 0)
+            away = place * np.maximum(depth, 0)
             muscle = np.hypot(x - away * np.cos(where), y - away * np.sin(where)) - size
             paint(signal, coverage(muscle, pixel) * left, tissues["myocardium"])
 
@@ -429,8 +524,11 @@ def paint_heart(
     labels[3] += np.minimum(left, myocardium)
 
 
-def _paint_atria(signal: Array, heart: Heart, tissues: Tissues, x: Array, y: Array, pixel: float, z: float, flow: Array) -> None:
+def _paint_atria(
+    signal: Array, heart: Heart, tissues: Tissues, grid: tuple[Array, Array, float], z: float, flow: Array
+) -> None:
     """What lies above the valves: both atria, the root of the aorta, the pulmonary trunk. Blood, but background."""
+    x, y, pixel = grid
     above = max(0.0, (z - 0.8 * heart.length) / heart.length)
     blood, wall = tissues["blood"] * (0.95 + 0.06 * flow), tissues["myocardium"]
     size = heart.atrium
@@ -441,29 +539,36 @@ def _paint_atria(signal: Array, heart: Heart, tissues: Tissues, x: Array, y: Arr
         (-0.75 * size, -0.35 * size, 0.62 * size, 0.62 * size),  # root of the aorta
     ):
         distance = ellipse_distance(x - cx, y - cy, a, b)
-        paint(signal, coverage(distance - 2.2, pixel), wall)
+        paint(signal, 0.7 * coverage(distance - 1.8, pixel), wall)
         paint(signal, coverage(distance, pixel), blood)
 
 
 def draw_body_plane(
-    body: Body, heart: Heart, tissues: Tissues, grid: Grid, pose: Pose, z: float, rough: Array
+    body: Body, heart: Heart, tissues: Tissues, grid: Grid, pose: Pose, z: float, rough: Array, swell: Array
 ) -> Array:
-    """Signal (H, W) of everything but the heart at height z; `pose` is the body's, `rough` is unit noise."""
+    """Signal (H, W) of everything but the heart at height z; `pose` is the body's.
+
+    `rough` and `swell` (H, W) are noise of unit variance, fine (texture, ragged edges) and coarse (uneven surfaces).
+    """
     (x, y), pixel = pose.inside(grid), grid.pixel
     t = float(np.clip(z / heart.length, -0.2, 1.2))
     scale = 1 - body.taper * (1 - t)
     a, b = body.inside[0] * scale, body.inside[1] * scale
     cx, cy = body.centre[0], body.centre[1] + 0.35 * (body.inside[1] - b)
     angle = np.arctan2(y - cy, x - cx)
-    inside = ellipse_distance(x - cx, y - cy, a, b) + 2 * rough
+    c2, s2, c3, s3 = body.outline
+    waves = c2 * np.cos(2 * angle) + s2 * np.sin(2 * angle) + c3 * np.cos(3 * angle) + s3 * np.sin(3 * angle)
+    inside = ellipse_distance(x - cx, y - cy, a, b) + waves + 1.5 * swell
     c1, s1, c2, s2 = body.fat_lobes
     lobes = 1 + c1 * np.cos(angle) + s1 * np.sin(angle) + c2 * np.cos(2 * angle) + s2 * np.sin(2 * angle)
     fat = body.fat * np.clip(lobes, 0.15, 2.5)
 
     signal = np.full(inside.shape, tissues["air"], np.float32)
-    paint(signal, coverage(inside - body.muscle - fat - 1.5, pixel), tissues["muscle"])  # skin
-    paint(signal, coverage(inside - body.muscle - fat, pixel), tissues["fat"])
-    paint(signal, coverage(inside - body.muscle, pixel), tissues["muscle"] * (1 + 0.15 * rough))
+    skin, muscle = inside - body.muscle - fat, inside - body.muscle
+    paint(signal, coverage(skin - 1.5, pixel), tissues["muscle"])
+    paint(signal, coverage(skin, pixel), tissues["fat"] * (1 + 0.08 * rough))
+    paint(signal, coverage(muscle, pixel), tissues["muscle"] * (1 + 0.25 * rough))
+    paint(signal, 0.6 * np.maximum(rim(skin, pixel), rim(muscle, pixel)), tissues["air"])  # fat and water cancel
     for where, size in body.ribs:
         radius = 1 + 0.5 * body.muscle / min(a, b)
         spot = (cx + radius * a * np.cos(where), cy + radius * b * np.sin(where), z)
@@ -471,13 +576,15 @@ def draw_body_plane(
         Ellipsoid(spot, (size * 1.8, size, 1), where + np.pi / 2, layers).paint(signal, grid, pose, z)
     chest = coverage(inside, pixel)
     paint(signal, chest, tissues["lung"] * (1 + 0.3 * np.abs(rough)))
+    for vessel in body.lungs:
+        vessel.paint(signal, grid, pose, z, chest)
     back = coverage(inside - 12 + 0.25 * (cy + 0.62 * b - y), pixel) * coverage(cy + 0.45 * b - y + 6 * rough, 12)
     paint(signal, back * chest, tissues["muscle"] * (1 + 0.35 * rough))
 
     deep, shallow, slope = body.diaphragm
     floor = shallow + (deep - shallow) * np.clip(t, 0, 1.2)
-    abdomen = coverage(floor + slope * x * 0.5 + 0.0022 * x**2 + 4 * rough - y, pixel) * chest
-    paint(signal, abdomen, tissues["omentum"] * np.clip(1 + 0.4 * rough, 0.3, 2))
+    abdomen = coverage(floor + slope * x * 0.5 + 0.0022 * x**2 + 4 * swell + rough - y, pixel) * chest
+    paint(signal, abdomen, tissues["omentum"] * np.clip(1 + 0.3 * rough + 0.25 * swell, 0.2, 2))
     for organ in body.organs:
         organ.paint(signal, grid, pose, z, abdomen)
     for vessel in body.vessels:
@@ -487,13 +594,13 @@ def draw_body_plane(
     return signal
 
 
-def _planes(count: int) -> Array:
-    """Offsets of `count` planes that share a slice evenly, in slice thicknesses."""
-    return ((np.arange(count) + 0.5) / count - 0.5).astype(np.float32)
+def _planes(count: int, thickness: float) -> tuple[float, ...]:
+    """Offsets in mm of `count` planes that share a slice of `thickness` mm evenly."""
+    return tuple(thickness * ((index + 0.5) / count - 0.5) for index in range(count))
 
 
 def contraction_curve(frames: int, systole: int) -> Array:
-    """Contraction of each frame of a beat: 0 in frame 0 (end diastole), 1 in frame `systole` (end systole), slower back."""
+    """Contraction in each frame of a beat: 0 in frame 0 (end diastole), 1 in frame `systole`, slower on the way back."""
     index = np.arange(frames, dtype=np.float32)
     rising = np.sin(0.5 * np.pi * index / systole) ** 2
     falling = np.cos(0.5 * np.pi * (index - systole) / (frames - systole)) ** 2
@@ -529,11 +636,16 @@ def draw_patient(rng: np.random.Generator, group: str, frames: int, difficulty: 
     reach = rng.uniform(90, 260) / max(difficulty.bias, 1e-3)
     field = coil_field(Grid.centred(rows, columns, pixel), reach, rng.uniform(-2.4, -0.7), ripple)
     images = scan(
-        signal, rng, field=field, sigma=difficulty.noise * rng.uniform(0.5, 1.6), gain=rng.uniform(180, 700),
+        signal,
+        rng,
+        field=field,
+        sigma=difficulty.noise * rng.uniform(0.5, 1.6),
+        gain=rng.uniform(180, 700),
         blur=rng.uniform(0.45, 0.75),
-    )  # fmt: skip
+    )
     height = rng.normal(170, 9)
-    return Patient(group, images, labels, stack.spacing, systole, round(height, 1), round(rng.normal(25.5, 4) * height**2 / 1e4, 1))
+    weight = rng.normal(25.5, 4) * (height / 100) ** 2
+    return Patient(group, images, labels, stack.spacing, systole, round(height, 1), round(weight, 1))
 
 
 def draw_signal(
@@ -547,26 +659,27 @@ def draw_signal(
     labels = np.zeros((frames, depth, rows, columns), np.uint8)
     rough = smooth_noise(rng, (rows, columns), 9 / pixel)
     grain = smooth_noise(rng, (rows, columns), 3 / pixel)
-    extent = 1.5 * (heart.cavity + heart.wall) + heart.bulge + 25
+    swell = smooth_noise(rng, (rows, columns), 26 / pixel)
+    extent = heart.cavity + heart.wall + heart.bulge / 2 + 22
     beat = contraction[:, None, None]
     for index in range(depth):
         z = stack.start + index * step
-        middle = stack.shifts[index] + np.multiply(stack.drift, z - heart.length / 2) + stack.offset
-        body_pose = Pose(*middle, stack.roll)
+        x, y = _floats(stack.shifts[index] + np.multiply(stack.drift, z - heart.length / 2) + stack.offset)
+        body_pose, heart_pose = Pose(x, y, stack.roll), Pose(x, y, stack.roll + stack.turn)
         lumps = np.roll(rough, rng.integers(0, 12, 2), (0, 1))
         background = np.zeros((rows, columns), np.float32)
-        for offset in _planes(BODY_SUBSLICES) * step:
-            background += draw_body_plane(body, heart, tissues, grid, body_pose, z + offset, lumps) / BODY_SUBSLICES
-        background *= 1 + 0.07 * np.roll(grain, rng.integers(0, rows, 2), (0, 1))
+        for offset in _planes(BODY_SUBSLICES, step):
+            background += draw_body_plane(body, heart, tissues, grid, body_pose, z + offset, lumps, swell)
+        background *= 1 / BODY_SUBSLICES + 0.07 / BODY_SUBSLICES * np.roll(grain, rng.integers(0, rows, 2), (0, 1))
 
-        window = grid.window(middle[0], middle[1], extent)
-        x, y = Pose(*middle, stack.roll + stack.turn).inside(grid.crop(window))
-        mesh, flow = (np.roll(field, rng.integers(0, rows, 2), (0, 1))[window] for field in (grain, rough))
+        window = grid.window(*heart_pose.outside(-heart.bulge / 2, 0), extent)
+        noise = [np.roll(field, rng.integers(0, rows, 2), (0, 1))[window] for field in (grain, rough, swell)]
+        local = (*heart_pose.inside(grid.crop(window)), pixel)
         drawn = np.zeros((frames, *background[window].shape), np.float32)
         classes = np.zeros((4, *drawn.shape), np.float32)
-        for offset in _planes(HEART_SUBSLICES) * step:
+        for offset in _planes(HEART_SUBSLICES, step):
             part = np.repeat(background[None][(..., *window)], frames, 0)
-            paint_heart(part, classes, heart, tissues, x, y, pixel, z + offset, step / HEART_SUBSLICES, beat, mesh, flow)
+            paint_heart(part, classes, heart, tissues, local, z + offset, step / HEART_SUBSLICES, beat, noise)
             drawn += part / HEART_SUBSLICES
         classes[0] = HEART_SUBSLICES - classes[1:].sum(0)
         signal[:, index] = background
