@@ -11,9 +11,9 @@ from medlib.data.phantoms.shapes import Array, Grid, rotate
 
 
 def coil_field(grid: Grid, reach: float, angle: float, ripple: Array) -> Array:
-    """Receive sensitivity (H, W): 1 at the centre, grows against `angle` by e every `reach` mm, times exp(`ripple`)."""
+    """Receive sensitivity (H, W): 1 at the centre, grows towards `angle` by e every `reach` mm, times exp(`ripple`)."""
     along, _ = rotate(grid.x, grid.y, angle)
-    return np.exp(np.clip(-along / reach, -2, 2) + ripple)
+    return np.exp(np.clip(along / reach, -2, 2) + ripple)
 
 
 def scan(

@@ -11,6 +11,7 @@ incompressible: where the cavity shrinks, the wall thickens. Labels follow ACDC:
 cavity with its papillary muscles and trabeculae; atria, vessels and the thin wall of the RV are background.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -189,7 +190,7 @@ def draw_heart(rng: np.random.Generator, group: str, difficulty: Difficulty) -> 
 # mean signal (blood in the LV is 1) and relative spread between patients
 TISSUES = {
     "myocardium": (0.34, 0.16),
-    "rv_blood": (0.92, 0.1),
+    "rv_blood": (0.86, 0.1),
     "lung": (0.05, 0.4),
     "air": (0.01, 0.0),
     "fat": (0.85, 0.4),
@@ -239,7 +240,7 @@ def draw_body(rng: np.random.Generator, heart: Heart, tissues: Tissues, difficul
     width, height = rng.uniform(112, 165), rng.uniform(95, 135)
     front = reach + rng.uniform(4, 26) + 0.3 * heart.bulge  # heart centre to the inner chest wall
     centre = (rng.uniform(-25, 20), height - front)
-    floor = reach + rng.uniform(6, 34), reach * 0.35 + rng.uniform(0, 14)
+    floor = reach + rng.uniform(2, 30), reach * 0.35 + rng.uniform(-4, 12)
     ribs = _floats(np.arange(-2.9, 2.9, rng.uniform(0.3, 0.45)))
     return Body(
         centre=centre,
@@ -342,9 +343,9 @@ def _draw_lungs(
 ) -> tuple[Ellipsoid, ...]:
     """Vessels of the lungs: bright dots and branches, larger near the heart."""
     vessels = []
-    for _ in range(round(difficulty.clutter * rng.integers(50, 130))):
-        x, y, z = _floats(rng.normal((15, -15, 0.7 * heart.length), (70, 40, 40)))
-        size = (0.8 + rng.gamma(2, 0.6)) * (1.5 if np.hypot(x, y) < 70 else 1)
+    for _ in range(round(difficulty.clutter * rng.integers(60, 160))):
+        x, y, z = _floats(rng.normal((20, -10, 0.6 * heart.length), (60, 38, 35)))
+        size = (1.0 + rng.gamma(2, 0.7)) * (1.5 if np.hypot(x, y) < 70 else 1)
         axes = (size * rng.uniform(1, 2.5), size, rng.uniform(4, 14))
         signal = tissues["vessel"] * rng.uniform(0.35, 1)
         vessels.append(Ellipsoid((x, y, z), axes, rng.uniform(-1.6, 1.6), ((0, signal),)))
@@ -381,13 +382,13 @@ def draw_stack(rng: np.random.Generator, heart: Heart, difficulty: Difficulty) -
     """6-12 slices 5-10 mm apart that span the heart from about its apex to about its valves; 1.2-1.8 mm pixels."""
     pose = difficulty.pose
     covered = heart.length + rng.uniform(-18, 14)  # some stacks miss an end of the heart, some reach beyond it
-    fewest = int(np.clip(np.ceil(covered / 10), 6, 12))
+    fewest = min(12, max(6, math.ceil(covered / 10)))
     slices = int(min(12, fewest + rng.integers(0, 4)))
     step = round(float(np.clip(covered / slices, 5, 10)), 2)
     pixel = round(float(rng.uniform(1.2, 1.8)), 3)
     view = rng.uniform(270, 350)
     sides = _floats(rng.permuted((view, view * rng.uniform(0.8, 1))))  # the field of view is rarely square
-    rows, columns = (int(np.clip(2 * round(side / pixel / 2), 160, 256)) for side in sides)
+    rows, columns = (int(np.clip(round(side / pixel), 160, 256)) for side in sides)
     return Stack(
         shape=(slices, rows, columns),
         spacing=(step, pixel, pixel),
@@ -633,8 +634,8 @@ def draw_patient(rng: np.random.Generator, group: str, frames: int, difficulty: 
     depth, rows, columns = stack.shape
     pixel = stack.spacing[1]
     ripple = difficulty.bias * rng.uniform(0.04, 0.16) * smooth_noise(rng, (rows, columns), 60 / pixel)
-    reach = rng.uniform(90, 260) / max(difficulty.bias, 1e-3)
-    field = coil_field(Grid.centred(rows, columns, pixel), reach, rng.uniform(-2.4, -0.7), ripple)
+    reach = rng.uniform(110, 320) / max(difficulty.bias, 1e-3)
+    field = coil_field(Grid.centred(rows, columns, pixel), reach, rng.uniform(-2.2, -0.5), ripple)
     images = scan(
         signal,
         rng,
