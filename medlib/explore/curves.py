@@ -10,7 +10,7 @@ from IPython.display import display
 from plotly.subplots import make_subplots
 
 from medlib.explore.show import show
-from medlib.explore.style import INK, SERIES, TEMPLATE, method_colours
+from medlib.explore.style import INK, MUTED, SERIES, TEMPLATE, method_colours
 
 _NOT_TERMS = {"stage", "step", "time", "lr", "val_dice"}
 _POINTS = 400  # of one curve: more than the pixels it is drawn with show nothing more
@@ -51,13 +51,16 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
     stages = list(dict.fromkeys(line["stage"] for line in history))
     names = _terms(history)
     colours = method_colours(names)
-    validated = any("val_dice" in line for line in history)
-    figure = make_subplots(
-        2 if validated else 1, len(stages), column_titles=stages, horizontal_spacing=0.09, vertical_spacing=0.1,
-        shared_xaxes=True, row_heights=[0.55, 0.45] if validated else None,
-    )  # fmt: skip
-    for column, stage in enumerate(stages, start=1):
+    checked = [any("val_dice" in line for line in history if line["stage"] == stage) for stage in stages]
+    rows = 2 if any(checked) else 1
+    specs: list[list[dict | None]] = [[{"rowspan": rows if not c else 1} for c in checked]]
+    if rows == 2:
+        specs.append([{} if c else None for c in checked])
+    figure = make_subplots(rows, len(stages), specs=specs, column_titles=stages, horizontal_spacing=0.13, vertical_spacing=0.1,
+                           row_heights=[0.55, 0.45] if rows == 2 else None)  # fmt: skip
+    for column, (stage, has_dice) in enumerate(zip(stages, checked, strict=True), start=1):
         lines = [line for line in history if line["stage"] == stage]
+        end = max(line["step"] for line in lines)
         for name in names:
             logged = [(line["step"], line[name]) for line in lines if name in line]
             if not logged:
@@ -69,29 +72,39 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
             first = not any(trace.name == name and trace.showlegend for trace in figure.data)
             strong = go.Scatter(**common, y=_smooth(y), line={"color": colours[name], "width": 2.2}, showlegend=first)
             figure.add_traces([faint, strong], rows=1, cols=column)
-        checks = [(line["step"], line["val_dice"]) for line in lines if "val_dice" in line]
-        if checks:
-            steps = [step for step, _ in checks]
-            for i, structure in enumerate(checks[0][1]):
-                dash = ("dot", "dash", "dashdot", "longdash")[i % 4]
-                figure.add_trace(go.Scatter(
-                    x=steps, y=[round(float(d[structure]), 4) for _, d in checks], name=structure, mode="lines", opacity=0.55,
-                    line={"color": INK, "width": 1.2, "dash": dash}, showlegend=False), row=2, col=column)  # fmt: skip
-            mean = [round(float(np.nanmean([float(v) for v in d.values()])), 4) for _, d in checks]
-            best = int(np.nanargmax(mean))
-            figure.add_trace(go.Scatter(x=steps, y=mean, name="mean Dice", mode="lines+markers", showlegend=False,
-                                        line={"color": INK, "width": 2.4}, marker={"size": 6}), row=2, col=column)  # fmt: skip
-            figure.add_annotation(x=steps[best], y=mean[best], text=f"best {mean[best]:.2f}", yshift=14, row=2, col=column)
-        figure.update_xaxes(title_text="step", row=2 if validated else 1, col=column)
-    figure.update_yaxes(title_text="loss term", row=1, col=1)
-    if validated:
-        figure.update_yaxes(title_text="validation Dice", row=2, col=1)
-        figure.update_yaxes(range=[0, 1.02], row=2)
+        figure.update_yaxes(title_text="loss term", row=1, col=column)
+        figure.update_xaxes(range=[0, end * 1.02], showticklabels=not has_dice, row=1, col=column)
+        if has_dice:
+            _dice(figure, [line for line in lines if "val_dice" in line], column, end)
+        figure.update_xaxes(title_text="step", row=2 if has_dice else 1, col=column)
     figure.update_layout(
-        template=TEMPLATE, title=title, height=520 if validated else 340, margin={"t": 92},
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yref": "container", "yanchor": "top"},
+        template=TEMPLATE, title=title, height=520 if rows == 2 else 340, margin={"t": 88, "r": 46},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1 - 22 / (520 if rows == 2 else 340), "yref": "container",
+                "yanchor": "top"},
     )  # fmt: skip
     return figure
+
+
+def _dice(figure: go.Figure, checks: list[Mapping[str, Any]], column: int, end: float) -> None:
+    """Validation Dice of each class, thin, and their mean, strong, in the lower panel of ``column``."""
+    steps = [line["step"] for line in checks]
+    height = 0.0
+    for structure in sorted(checks[0]["val_dice"], key=checks[-1]["val_dice"].get):
+        dice = [round(float(line["val_dice"][structure]), 4) for line in checks]
+        figure.add_trace(go.Scatter(x=steps, y=dice, name=structure, mode="lines", showlegend=False,
+                                    line={"color": MUTED, "width": 1.2}, opacity=0.7), row=2, col=column)  # fmt: skip
+        height = max(dice[-1], height + 0.07)  # names of classes that end close to each other move apart
+        figure.add_annotation(x=steps[-1], y=height, text=structure, xanchor="left", xshift=4, row=2, col=column,
+                              font={"size": 11})  # fmt: skip
+    mean = [round(float(np.nanmean(list(line["val_dice"].values()))), 4) for line in checks]
+    best = int(np.nanargmax(mean))
+    figure.add_trace(go.Scatter(x=steps, y=mean, name="mean", mode="lines+markers", showlegend=False,
+                                line={"color": INK, "width": 2.4}, marker={"size": 6}), row=2, col=column)  # fmt: skip
+    figure.add_annotation(x=0.98, y=0.02, xref="x domain", yref="y domain", xanchor="right", yanchor="bottom", row=2, col=column,
+                          text=f"best mean {mean[best]:.3f} at step {steps[best]}")  # fmt: skip
+    figure.update_xaxes(range=[0, end * 1.1], row=2, col=column)
+    figure.update_xaxes(range=[0, end * 1.1], row=1, col=column)
+    figure.update_yaxes(title_text="validation Dice", range=[0, 1.02], row=2, col=column)
 
 
 class LiveCurves:

@@ -51,12 +51,12 @@ def nearest(features: np.ndarray, point: int, count: int = _NEIGHBOURS) -> np.nd
 
 
 def _measured(features: np.ndarray, positions: np.ndarray, patients: np.ndarray) -> str:
-    parts = [f"rank corr. {rank_correlation(features, positions):.2f}"]
+    text = f"rank correlation {rank_correlation(features, positions):.2f}"
     if len(np.unique(patients)) > 1:
         error, mean_error = position_probe_error(features, positions, patients)
-        parts.append(f"alignment {direction_alignment(features, positions, patients):.2f}")
-        parts.append(f"probe error {error:.3f} (mean: {mean_error:.3f})")
-    return " · ".join(parts)
+        text += f" · alignment {direction_alignment(features, positions, patients):.2f}"
+        text += f"<br>probe error {error:.3f} (guessing the mean {mean_error:.3f})"
+    return text
 
 
 def _scatter(
@@ -76,14 +76,14 @@ def _scatter(
         )  # fmt: skip
         axis = "" if i == 1 else str(i)
         figure.add_annotation(x=0.5, y=-0.02, xref=f"x{axis} domain", yref=f"y{axis} domain", yanchor="top", text=notes[name],
-                              font={"size": 11 if len(planes) > 1 else 12, "color": MUTED})  # fmt: skip
+                              font={"size": 12, "color": MUTED})  # fmt: skip
     box = {"showgrid": False, "showticklabels": False, "range": [-1.12, 1.12], "showline": True, "mirror": True}
     figure.update_xaxes(**box)
     figure.update_yaxes(**box)
-    bar = {"title": {"text": "position", "side": "right"}, "thickness": 12, "outlinewidth": 0, "len": 1, "y": 0.5,
+    bar = {"title": {"text": "position", "side": "right", "font": {"size": 12, "color": MUTED}}, "thickness": 12, "outlinewidth": 0, "len": 1, "y": 0.5,
            "tickvals": [0, 0.5, 1], "tickfont": {"color": MUTED}}  # fmt: skip
     figure.update_layout(
-        template=TEMPLATE, title=title, height=462 if len(planes) > 1 else 600, margin={"l": 20, "r": 20, "t": 84, "b": 44},
+        template=TEMPLATE, title=title, height=478 if len(planes) > 1 else 600, margin={"l": 20, "r": 20, "t": 84, "b": 60},
         coloraxis={"colorscale": position_scale(), "cmin": 0, "cmax": 1, "colorbar": bar},
     )  # fmt: skip
     return figure

@@ -14,7 +14,8 @@ from medlib.explore.show import Explorer, hint, stack
 from medlib.explore.style import CARD, GRID, INK, MUTED, SERIES, TEMPLATE, position_scale
 
 Range = tuple[float, float, float]  # smallest, largest and first value of a slider
-_ARROW = 0.55  # length of the longest arrow, in units of the circle's radius
+_ARROW = 0.5  # length of the longest arrow, in units of the circle's radius
+_RIM = 0.16  # radius of a drawn point
 _ANGLES = 121  # angles at which the loss is sampled for its curve
 
 
@@ -128,9 +129,9 @@ def loss_explorer(
     figure.update_layout(
         template=TEMPLATE, height=430, margin={"l": 20, "r": 20, "t": 70, "b": 52},
         xaxis=view, yaxis={**view, "scaleanchor": "x"},
-        xaxis2={"tickvals": [0, 90, 180, 270, 360], "ticksuffix": "°"}, yaxis2={"title": "loss"},
+        xaxis2={"tickvals": [0, 90, 180, 270, 360], "ticktext": ["0°", "90°", "180°", "270°", "360°"]}, yaxis2={"title": "loss"},
         coloraxis={"colorscale": position_scale(), "cmin": 0, "cmax": 1, "colorbar": {
-            "title": "position", "orientation": "h", "thickness": 8, "len": 0.4, "x": 0.25, "y": -0.01, "yanchor": "top",
+            "title": {"text": "position", "font": {"size": 12, "color": MUTED}}, "orientation": "h", "thickness": 8, "len": 0.4, "x": 0.25, "y": 0.04, "yanchor": "top",
             "outlinewidth": 0, "tickvals": [0, 1], "tickfont": {"color": MUTED}}},
     )  # fmt: skip
 
@@ -180,8 +181,8 @@ def loss_explorer(
 
 
 def _arrow(point: np.ndarray, push: np.ndarray) -> dict:
-    """A plotly annotation from ``point`` along ``push``, whose length 1 is drawn as about half the longest arrow."""
+    """A plotly annotation from the rim of ``point`` along ``push``, whose length 1 is drawn as two thirds of the longest arrow."""
     length = float(np.hypot(*push))
-    x, y = point + push * (_ARROW * math.tanh(0.8 * length) / length)
-    return {"x": x, "y": y, "ax": point[0], "ay": point[1], "xref": "x", "yref": "y", "axref": "x", "ayref": "y", "text": "",
-            "showarrow": True, "arrowhead": 2, "arrowsize": 1.1, "arrowwidth": 2.2, "arrowcolor": INK, "standoff": 0}  # fmt: skip
+    rim, tip = (point + push * (distance / length) for distance in (_RIM, _RIM + 0.06 + _ARROW * math.tanh(0.8 * length)))
+    return {"x": tip[0], "y": tip[1], "ax": rim[0], "ay": rim[1], "xref": "x", "yref": "y", "axref": "x", "ayref": "y", "text": "",
+            "showarrow": True, "arrowhead": 2, "arrowsize": 0.8, "arrowwidth": 2.4, "arrowcolor": INK, "standoff": 0}  # fmt: skip

@@ -17,13 +17,15 @@ def encode_png(pixels: np.ndarray) -> bytes:
     height, width, channels = pixels.shape
     if pixels.dtype != np.uint8 or channels not in (3, 4):
         raise ValueError(f"pixels must be (H,W,3) or (H,W,4) uint8, got {pixels.shape} {pixels.dtype}")
-    colours, index = np.unique(pixels.reshape(-1, channels), axis=0, return_inverse=True)
+    codes = _pack(pixels)
+    found, index = np.unique(codes, return_inverse=True)
     chunks = []
-    if len(colours) <= 256:
+    if len(found) <= 256:
         body, colour_type = index.reshape(height, width).astype(np.uint8), 3
-        chunks.append((b"PLTE", colours[:, :3].tobytes()))
+        colours = found[:, None] >> np.arange(0, 8 * channels, 8, dtype=np.uint32) & 255
+        chunks.append((b"PLTE", colours[:, :3].astype(np.uint8).tobytes()))
         if channels == 4:
-            chunks.append((b"tRNS", colours[:, 3].tobytes()))
+            chunks.append((b"tRNS", colours[:, 3].astype(np.uint8).tobytes()))
     else:
         body, colour_type = pixels.reshape(height, -1), 2 if channels == 3 else 6
     rows = np.concatenate([np.zeros((height, 1), np.uint8), body], axis=1)  # each row starts with its filter: none
@@ -31,6 +33,42 @@ def encode_png(pixels: np.ndarray) -> bytes:
     chunks = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b"")]
     packed = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def _pack(pixels: np.ndarray) -> np.ndarray:
+    """One whole number per pixel of (H,W,C) uint8."""
+    return (pixels.reshape(-1, pixels.shape[-1]).astype(np.uint32) << np.arange(0, 8 * pixels.shape[-1], 8, dtype=np.uint32)).sum(
+        axis=1, dtype=np.uint32
+    )
+
+
+def decode_canvas(png: bytes) -> np.ndarray:
+    """The (H,W,3) uint8 pixels of a PNG as Chromium writes a canvas: 8 bits, RGBA, opaque, rows unfiltered or "up"."""
+    at, data, header = 8, b"", b""
+    while at < len(png):
+        length, kind = struct.unpack(">I4s", png[at : at + 8])
+        body = png[at + 8 : at + 8 + length]
+        header, data = body if kind == b"IHDR" else header, data + body if kind == b"IDAT" else data
+        at += 12 + length
+    width, height, depth, colour_type, *_, interlaced = struct.unpack(">IIBBBBB", header)
+    rows = np.frombuffer(zlib.decompress(data), np.uint8)
+    if (depth, colour_type, interlaced) != (8, 6, 0):
+        raise ValueError(f"not a canvas of Chromium: {depth} bits, colour type {colour_type}, interlaced {interlaced}")
+    rows = rows.reshape(height, 1 + 4 * width)
+    if not np.isin(rows[1:, 0], 2).all() or rows[0, 0] not in (0, 2):
+        raise ValueError(f"not a canvas of Chromium: row filters {np.unique(rows[:, 0])}")
+    return np.cumsum(rows[:, 1:], axis=0, dtype=np.uint8).reshape(height, width, 4)[..., :3]
+
+
+def fewer_colours(pixels: np.ndarray, step: int) -> np.ndarray:
+    """``pixels`` (H,W,3) uint8 with the colours of each cube of side ``step`` replaced by their mean."""
+    if step == 1:
+        return pixels
+    _, index = np.unique(_pack(pixels // step), return_inverse=True)
+    count = np.bincount(index)
+    flat = pixels.reshape(-1, 3)
+    means = np.stack([np.bincount(index, flat[:, c]) / count for c in range(3)], axis=1)
+    return np.round(means).astype(np.uint8)[index].reshape(pixels.shape)
 
 
 def data_uri(pixels: np.ndarray) -> str:
@@ -87,6 +125,23 @@ def blend(gray: np.ndarray, layer: np.ndarray | None = None) -> np.ndarray:
 
 
 def shrink(array: np.ndarray, size: int) -> np.ndarray:
-    """Every k-th pixel of (...,H,W), with the smallest k that brings height and width to ``size`` or less."""
+    """(...,H,W) made k times smaller, with the smallest k that brings height and width to ``size`` or less.
+
+    Images (float) become means of k x k blocks, maps (integers) keep every k-th pixel; a last incomplete block is dropped.
+    """
     step = max(1, -(-max(array.shape[-2:]) // size))
-    return array[..., ::step, ::step]
+    height, width = (n // step for n in array.shape[-2:])
+    whole = array[..., : height * step, : width * step]
+    if np.issubdtype(array.dtype, np.floating):
+        return whole.reshape(*array.shape[:-2], height, step, width, step).mean(axis=(-3, -1))
+    return whole[..., step // 2 :: step, step // 2 :: step]
+
+
+def focus(maps: np.ndarray, margin: float = 0.5) -> tuple[slice, slice]:
+    """Rows and columns around everything but background in ``maps`` (...,H,W), with ``margin`` times its size on each side."""
+    structure = (maps > 0).any(axis=tuple(range(maps.ndim - 2)))
+    if not structure.any():
+        return slice(0, maps.shape[-2]), slice(0, maps.shape[-1])
+    spans = [np.flatnonzero(structure.any(axis=axis)) for axis in (1, 0)]
+    room = round(margin * max(s[-1] - s[0] + 1 for s in spans))
+    return tuple(slice(max(0, int(s[0]) - room), int(s[-1]) + 1 + room) for s in spans)  # type: ignore[return-value]

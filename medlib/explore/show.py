@@ -13,7 +13,10 @@ import ipywidgets
 import plotly.graph_objects as go
 from IPython.display import display
 
+from medlib.explore.pixels import decode_canvas, encode_png, fewer_colours
+
 PNG_LIMIT = 150_000  # bytes of one picture in a committed notebook
+_LADDER = ((2, 1), (2, 8), (1.5, 8), (1, 8), (1, 14))  # pixels per unit of the figure, colours merged: until the limit is met
 _SECONDS = 60.0  # a browser that has not drawn by then will not
 _browser: list[bool] = []  # empty: not looked for yet; one entry: whether pictures can be drawn
 
@@ -61,7 +64,7 @@ def _draw(figure: go.Figure, scale: float) -> bytes:
 
 
 def picture(figure: go.Figure) -> bytes | None:
-    """``figure`` as PNG at twice its size (less where that exceeds ``PNG_LIMIT`` bytes), or None without a browser."""
+    """``figure`` as PNG at twice its size (less, where that exceeds ``PNG_LIMIT`` bytes), or None without a browser."""
     if not browser_found():
         return None
     sized = go.Figure(figure)
@@ -69,8 +72,8 @@ def picture(figure: go.Figure) -> bytes | None:
     sized.update_layout(height=figure.layout.height or figure.layout.template.layout.height or 400)
     try:
         png = b""
-        for scale in (2, 1.5, 1):
-            png = _draw(sized, scale)
+        for scale, step in _LADDER:
+            png = encode_png(fewer_colours(decode_canvas(_draw(sized, scale)), step))
             if len(png) <= PNG_LIMIT:
                 break
         return png

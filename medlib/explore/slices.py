@@ -11,7 +11,7 @@ from medlib.explore import pixels
 from medlib.explore.show import Explorer, hint, stack
 from medlib.explore.style import DISAGREEMENT, INK, TEMPLATE, WIDTH, bare_axis
 
-_MONTAGE_PIXELS = 160  # a slice of a montage is shown about half as large, and printed at twice that
+_MONTAGE_PIXELS = 112  # about as large as a slice of a montage is shown
 
 
 def _check_maps(images: np.ndarray, **maps: np.ndarray | None) -> None:
@@ -55,13 +55,17 @@ def slice_grid(
 
     images: (N,H,W) · labels, predictions: (N,H,W) int · titles: N texts · classes, colours: names and ``#rrggbb`` of
     the label values 0, 1, ... (0 is background and stays clear) · columns: slices per line · aspect: height of a pixel over
-    its width. Gray runs from the 1st to the 99th percentile of all images together.
+    its width. Gray runs from the 1st to the 99th percentile of all images together. With a label or a prediction all are cut
+    to the structures and half their size around them.
     """
     images = np.asarray(images)
     _check_maps(images, labels=labels, predictions=predictions)
     _check_classes(classes, colours, labels, predictions)
-    gray = pixels.shrink(pixels.to_gray(images), _MONTAGE_PIXELS)
-    truth, guess = (None if m is None else pixels.shrink(np.asarray(m), _MONTAGE_PIXELS) for m in (labels, predictions))
+    limits = tuple(np.percentile(images, (1, 99)))
+    given = [np.asarray(m) for m in (labels, predictions) if m is not None]
+    box = pixels.focus(np.concatenate(given)) if given else (slice(None), slice(None))
+    gray = pixels.to_gray(pixels.shrink(images[:, *box].astype(np.float32), _MONTAGE_PIXELS), limits)
+    truth, guess = (None if m is None else pixels.shrink(np.asarray(m)[:, *box], _MONTAGE_PIXELS) for m in (labels, predictions))
     rows = ["image", *["label"] * (truth is not None), *["prediction"] * (guess is not None)]
     if truth is not None and guess is not None:
         rows.append("difference")
@@ -94,7 +98,7 @@ def slice_grid(
         for line in range(lines):
             for r, row in enumerate(rows):
                 y = line * block + head + (r + 0.5) * tall
-                figure.add_annotation(x=-8, y=y, text=row, xanchor="right", xref="x", yref="y")
+                figure.add_annotation(x=0, xshift=-8, y=y, text=row, xanchor="right", xref="x", yref="y")
         _class_legend(figure, classes, colours, "difference" in rows)
     figure.update_layout(
         margin={"l": left, "r": 20, "t": top, "b": bottom},
@@ -131,7 +135,7 @@ def volume_viewer(
     _check_maps(volume, label=label, prediction=prediction)
     _check_classes(classes, colours, label, prediction)
     depth, height, width = volume.shape
-    gray = pixels.shrink(pixels.to_gray(volume), 256)
+    gray = pixels.to_gray(pixels.shrink(volume.astype(np.float32), 256))
     maps = {n: pixels.shrink(np.asarray(m), 256) for n, m in {"label": label, "prediction": prediction}.items() if m is not None}
     kinds = [*maps, *["difference"] * (len(maps) == 2)]
     aspect = 1.0 if spacing is None else spacing[1] / spacing[2]
@@ -149,7 +153,8 @@ def volume_viewer(
     scans = ["", "2"] if maps else [""]
     places = [{"source": pixels.data_uri(pixels.blend(gray[0])), "xref": f"x{s}", "yref": f"y{s}", **stretch} for s in scans]
     if maps:
-        places.append({**places[1], "source": "", "opacity": 0.8})
+        # A hair wider than the scan below it: plotly takes two images of one place and size for the same image.
+        places.append({**places[1], "source": "", "opacity": 0.8, "sizex": width * 1.0001})
     frame = {"range": [0, width], "constrain": "domain"}, {"range": [height * aspect, 0], "constrain": "domain"}
     figure.update_layout(template=TEMPLATE, title=title, height=400, images=places, margin={"l": 20, "r": 20, "t": 64, "b": 60})
     for s in scans:

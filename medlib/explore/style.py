@@ -57,7 +57,7 @@ def _template() -> go.layout.Template:
             "plot_bgcolor": CARD,
             "font": {"family": FONT, "size": 13, "color": INK},
             "title": {"x": 0, "xref": "container", "pad": {"l": 20}, "xanchor": "left", "font": {"size": 17}},
-            "margin": {"l": 60, "r": 24, "t": 64, "b": 52},
+            "margin": {"l": 60, "r": 24, "t": 58, "b": 52},
             "colorway": list(SERIES),
             "xaxis": axis,
             "yaxis": axis,
