@@ -284,15 +284,38 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
-        """What `to_dict` wrote. The summary is computed anew. Raises KeyError, named, for what is missing."""
+        """What `to_dict` wrote; the summary is computed anew. Raises ValueError that names the entry that is wrong."""
         cases = []
-        for case in values["cases"]:
-            classes = {
-                name: cast(ClassMetrics, {key: _none_to_nan(metrics[key]) for key in ClassMetrics.__annotations__})
-                for name, metrics in case["classes"].items()
-            }
-            cases.append(CaseMetrics(case["case"], case["patient"], dict(case["info"]), classes))
-        return cls(tuple(cases), dict(values["pooled_dice"]))
+        for number, case in enumerate(_entry(values, "cases", list, "")):
+            where = f"cases[{number}]."
+            classes = {}
+            for name in _entry(case, "classes", dict, where):
+                place = f"{where}classes.{name}."
+                metrics = _entry(case["classes"], name, dict, f"{where}classes.")
+                kept: dict[str, Any] = {
+                    key: _entry(metrics, key, bool, place) for key in ("empty_prediction", "empty_label")
+                }
+                kept["unit"] = _entry(metrics, "unit", str, place)
+                for key in METRICS:
+                    value = _entry(metrics, key, (float, int, type(None)), place)
+                    kept[key] = math.nan if value is None else float(value)
+                classes[name] = cast(ClassMetrics, kept)
+            info = _entry(case, "info", dict, where)
+            cases.append(
+                CaseMetrics(_entry(case, "case", str, where), _entry(case, "patient", str, where), info, classes)
+            )
+        return cls(tuple(cases), _entry(values, "pooled_dice", dict, ""))
+
+
+def _entry(values: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """``values[key]`` if it is of that kind (a bool is no number), else a ValueError that says where."""
+    if not isinstance(values, Mapping) or key not in values:
+        raise ValueError(f"'{where}{key}' is missing")
+    value = values[key]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"'{where}{key}' must be {kinds}, got {value!r}")
+    return value
 
 
 def _nan_to_none(value: Any) -> Any:
@@ -301,10 +324,6 @@ def _nan_to_none(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_nan_to_none(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _none_to_nan(value: Any) -> Any:
-    return math.nan if value is None else value
 
 
 def predict_volume(

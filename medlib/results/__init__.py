@@ -1,0 +1,19 @@
+"""Run records, the papers' published numbers, and how sure a difference is."""
+
+from .published import published, sources
+from .records import RunRecord, load_records, read_record, table, versions
+from .statistics import Interval, mean_std, paired_bootstrap, wilcoxon
+
+__all__ = [
+    "Interval",
+    "RunRecord",
+    "load_records",
+    "mean_std",
+    "paired_bootstrap",
+    "published",
+    "read_record",
+    "sources",
+    "table",
+    "versions",
+    "wilcoxon",
+]

@@ -121,9 +121,9 @@ def wilcoxon(first: pd.DataFrame | Sequence[pd.DataFrame], second: pd.DataFrame 
     """The two-sided p-value of Wilcoxon's signed-rank test on one difference per patient.
 
     Tables as `paired_bootstrap`. A patient's difference is the mean over the patient's scans, then over classes, of
-    what both methods have. The null hypothesis is that these differences lie symmetrically about 0; patients are assumed
-    independent. It ranks: many small losses can outweigh one large gain, so read it beside the interval, not instead
-    of it. No differences at all give 1. Several comparisons need a correction that is not made here.
+    what both methods have. The null hypothesis is that these differences lie symmetrically about 0; patients are
+    assumed independent. It ranks: many small losses can outweigh one large gain, so read it beside the interval, not
+    instead of it. No differences at all give 1. Several comparisons need a correction that is not made here.
     """
     one, two = _paired(first, second)
     gap = (one - two).groupby(level="patient").mean().mean(axis=1).dropna()
