@@ -138,7 +138,7 @@ def canonical_axes(axes: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, 
     Returns the file axes that become Z, H, W, and for each whether it is turned over.
     """
     normal = axes[:, 2]
-    bare = abs(normal[2]) > 0.9999
+    bare = abs(normal[2]) > 1 - 1e-8  # within 0.01 degrees
     flip_z = bool(normal[2] > 0 if bare else normal @ BASE_TO_APEX > 0)
     up = -normal if flip_z else normal  # from apex to base
     if bare:
