@@ -72,11 +72,12 @@ def command_run(options: argparse.Namespace) -> int:
 
 
 def command_check(options: argparse.Namespace) -> int:
-    """Print what a data set's folder holds."""
+    """Print what a data set's folder holds, and what would stop a training."""
     from medlib.data.check import check_dataset
 
-    print(check_dataset(options.name, resolve(options.root)))
-    return 0
+    report = check_dataset(options.name, options.root, progress=sys.stderr.isatty())
+    print(report)
+    return 0 if report.ok else 1
 
 
 def command_phantoms(options: argparse.Namespace) -> int:

@@ -54,7 +54,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind: the executed notebook, the JSON records written meanwhile, the seconds it took."""
+    """What a run left behind: the executed notebook, the run records written meanwhile, the seconds it took."""
 
     notebook: Path
     records: tuple[Path, ...]
@@ -145,7 +145,9 @@ def run_notebook(
     or lies among the sources. Where a cell fails, ``papermill.PapermillExecutionError`` (or nbclient's timeout error)
     is raised and ``output`` still holds everything up to it.
     """
-    import papermill  # a second, and only a run needs it
+    import papermill  # this and the next take a second, and only a run needs them
+
+    from medlib.results.records import SUFFIX
 
     known = notebook_parameters(notebook)
     if unknown := sorted(set(values) - set(known)):
@@ -168,7 +170,7 @@ def run_notebook(
         execution_timeout=timeout,
     )
     folder = resolve(str(settings.get("output_dir", output.parent)))
-    records = [path for path in sorted(folder.rglob("*.json")) if path.stat().st_mtime >= started]
+    records = [path for path in sorted(folder.rglob(f"*{SUFFIX}")) if path.stat().st_mtime >= started]
     return Run(output, tuple(records), time.time() - started)
 
 

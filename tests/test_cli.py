@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,13 +100,13 @@ def test_medlib_run(notebook: Path) -> None:
 
 def test_a_run_names_the_records_it_wrote(tmp_path: Path, notebook: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "runs").mkdir()
-    old = tmp_path / "runs" / "old.json"
+    old = tmp_path / "runs" / "old.record.json"
     old.write_text("{}")
     os.utime(old, (1, 1))
-    write(notebook, "import pathlib\n_ = pathlib.Path(output_dir, 'new.json').write_text('{}')")
+    write(notebook, "import pathlib\n_ = pathlib.Path(output_dir, 'new.record.json').write_text('{}')")
     assert main(["run", str(notebook), "-o", "result.ipynb"]) == 0
     shown = capsys.readouterr().out
-    assert "result.ipynb" in shown and "new.json" in shown and "old.json" not in shown
+    assert "result.ipynb" in shown and "new.json" in shown and "old.record.json" not in shown
 
 
 def test_a_failing_cell_is_exit_1_and_leaves_the_notebook(notebook: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -206,9 +207,11 @@ def test_phantoms_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["phantoms", "acdc", str(root), "--patients", "2", "--seed", "3"]) == 0
     assert "2 phantom patients" in capsys.readouterr().out
     assert main(["check", "acdc", str(root)]) == 0
-    assert "2" in capsys.readouterr().out
-    assert main(["check", "acdc", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    assert re.search(r"patients +2\b", capsys.readouterr().out)
+    assert main(["check", "acdc", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().out
+    assert main(["check", "acdcc", str(root)]) == 2
+    assert "acdcc" in capsys.readouterr().err
 
 
 def test_help_needs_no_torch() -> None:
