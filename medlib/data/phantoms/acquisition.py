@@ -16,6 +16,16 @@ def coil_field(grid: Grid, reach: float, angle: float, ripple: Array) -> Array:
     return np.exp(np.clip(along / reach, -2, 2) + ripple)
 
 
+def banding(grid: Grid, radius: float, unrest: Array) -> Array:
+    """Dark bands (H, W) of balanced steady-state pictures where the field is off resonance: 1 between, 0 in a band.
+
+    The field is good in the middle; the first band lies about `radius` mm out, the next ones closer and closer.
+    `unrest` (H, W), in radian, bends them.
+    """
+    phase = np.pi * (np.hypot(grid.x, grid.y) / radius) ** 5 + unrest
+    return 1 - 0.85 * np.exp(-((np.cos(phase / 2) / 0.3) ** 2))
+
+
 def scan(
     signal: Array, rng: np.random.Generator, *, field: Array, sigma: float, gain: float, blur: float
 ) -> np.ndarray:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medlib.data.phantoms.acquisition import coil_field, scan
+from medlib.data.phantoms.acquisition import banding, coil_field, scan
 from medlib.data.phantoms.shapes import (
     Array,
     Ellipsoid,
@@ -40,7 +40,7 @@ HEART_SUBSLICES = 3  # the same for the heart and its labels; odd, so that a lab
 class Difficulty:
     """How hard the pictures are; 0 switches a difficulty off, 1 is the tuned default of each factor."""
 
-    noise: float = 0.05  # mean sigma of the Rician noise as a share of the blood's signal; x0.5..x1.6 between patients
+    noise: float = 0.035  # mean sigma of the Rician noise as a share of the blood's signal; x0.5..x1.6 between patients
     bias: float = 1.0  # strength of the receive-coil falloff and of the smooth ripple on it
     contrast: float = 1.0  # spread of every tissue's signal and of the contrast curve between patients
     pose: float = 1.0  # spread of heart rotation (+-40 degrees at 1), position and slice shift between breath-holds
@@ -238,7 +238,7 @@ def draw_body(rng: np.random.Generator, heart: Heart, tissues: Tissues, difficul
     """A chest that fits the heart."""
     reach = heart.cavity + heart.wall  # outer radius of the LV
     width, height = rng.uniform(112, 165), rng.uniform(95, 135)
-    front = reach + rng.uniform(4, 26) + 0.3 * heart.bulge  # heart centre to the inner chest wall
+    front = reach + rng.uniform(2, 20) + 0.6 * heart.bulge  # heart centre to the inner chest wall
     centre = (rng.uniform(-25, 20), height - front)
     floor = reach + rng.uniform(2, 30), reach * 0.35 + rng.uniform(-4, 12)
     ribs = _floats(np.arange(-2.9, 2.9, rng.uniform(0.3, 0.45)))
@@ -277,13 +277,17 @@ def _draw_abdomen(
             )
         )
 
+    for _ in range(round(difficulty.clutter * rng.integers(40, 90))):  # fat, muscle and vessels in between
+        place = (rng.uniform(-130, 130), floor[1] + rng.uniform(0, 150), rng.uniform(-40, z))
+        axes = (rng.uniform(3, 14), rng.uniform(2, 6), rng.uniform(8, 30))
+        organ(place, axes, (0, tissues["wall"] * 0.5), (1, tissues[rng.choice(("fat", "muscle", "vessel", "spleen"))]))
     for _ in range(round(difficulty.clutter * rng.integers(8, 20))):  # bowel loops
         size = rng.uniform(9, 24)
         lumen = tissues[rng.choice(("lung", "omentum", "fluid", "spleen"), p=(0.2, 0.3, 0.2, 0.3))]
         place = (rng.uniform(-110, 110), rng.uniform(floor[1], floor[1] + 130), rng.uniform(-40, 0.6 * z))
         organ(place, (size * rng.uniform(0.8, 1.8), size, size * 1.5), (0, tissues["wall"]), (rng.uniform(2, 4), lumen))
-    organ((-70, floor[0] + 25, 0.45 * z), (95, 55, 85), (0, tissues["liver"]))
-    organ((75, floor[0] + 40, 0.5 * z), (28, 42, 60), (0, tissues["spleen"]))
+    organ((-70, floor[0] + 25, 0.45 * z), (95, 55, 85), (-1, tissues["wall"] * 0.4), (0.5, tissues["liver"]))
+    organ((75, floor[0] + 40, 0.5 * z), (28, 42, 60), (-1, tissues["wall"] * 0.4), (0.5, tissues["spleen"]))
     organ(
         (30, floor[0] + 75, 0.2 * z), (26, 36, 45), (0, tissues["omentum"]), (9, tissues["liver"]), (17, tissues["fat"])
     )
@@ -495,8 +499,10 @@ def paint_heart(
     below_right = np.clip(0.5 - (z - tricuspid) / thickness, 0, 1)
 
     whole = np.minimum(epicardium, free_wall)
-    lobes = heart.fat * (0.8 + 0.8 * np.cos(angle + 2.2) + 0.6 * swell)  # thickest in front of the RV
-    paint(signal, coverage(whole - 3 - np.clip(lobes, -1, 18), pixel), tissues["fat"] * 0.9)
+    lobes = heart.fat * (0.2 + 1.1 * np.cos(angle + 2.2) + 0.6 * swell)  # thickest in front of the RV
+    sac = whole - 3 - np.clip(lobes, -3, 18)
+    paint(signal, coverage(sac, pixel), tissues["fat"] * (0.9 + 0.1 * flow))
+    paint(signal, 0.7 * rim(sac, pixel), tissues["air"])  # pericardium
     if z > 0.75 * heart.length:
         _paint_atria(signal, heart, tissues, grid, z, flow)
 
@@ -636,13 +642,15 @@ def draw_patient(rng: np.random.Generator, group: str, frames: int, difficulty: 
     ripple = difficulty.bias * rng.uniform(0.04, 0.16) * smooth_noise(rng, (rows, columns), 60 / pixel)
     reach = rng.uniform(110, 320) / max(difficulty.bias, 1e-3)
     field = coil_field(Grid.centred(rows, columns, pixel), reach, rng.uniform(-2.2, -0.5), ripple)
+    radius = rng.uniform(135, 220) / max(difficulty.bias, 1e-3)
+    field *= banding(Grid.centred(rows, columns, pixel), radius, 1.2 * smooth_noise(rng, (rows, columns), 50 / pixel))
     images = scan(
         signal,
         rng,
         field=field,
         sigma=difficulty.noise * rng.uniform(0.5, 1.6),
         gain=rng.uniform(180, 700),
-        blur=rng.uniform(0.45, 0.75),
+        blur=rng.uniform(0.35, 0.65),
     )
     height = rng.normal(170, 9)
     weight = rng.normal(25.5, 4) * (height / 100) ** 2
@@ -661,7 +669,7 @@ def draw_signal(
     rough = smooth_noise(rng, (rows, columns), 9 / pixel)
     grain = smooth_noise(rng, (rows, columns), 3 / pixel)
     swell = smooth_noise(rng, (rows, columns), 26 / pixel)
-    extent = heart.cavity + heart.wall + heart.bulge / 2 + 22
+    extent = heart.cavity + heart.wall + heart.bulge / 2 + 32
     beat = contraction[:, None, None]
     for index in range(depth):
         z = stack.start + index * step
