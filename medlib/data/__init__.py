@@ -1,6 +1,7 @@
 """Files in, tensors out: `read_dataset` finds scans, `load_volume` reads one, `prepare` makes arrays of all."""
 
 from .cases import Case, DataError, DatasetInfo, Volume, labelled_cases, slice_positions
+from .phantoms import write_phantoms
 from .prepare import Prepared, Protocol, default_protocol, prepare
 from .readers import DATASETS, dataset_info, load_volume, read_dataset
 from .splits import Split, split_cases
@@ -22,4 +23,5 @@ __all__ = [
     "read_dataset",
     "slice_positions",
     "split_cases",
+    "write_phantoms",
 ]

@@ -10,7 +10,7 @@ LPS = np.diag([-1.0, -1.0, 1.0])
 
 
 def anatomy(depth: int = 6, height: int = 24, width: int = 20, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Image (Z, H, W) float32 and label: slice 0 is the apex, RV (1) left of MYO (2) around LV (3), RV larger at the base."""
+    """Image (Z, H, W) float32 and label: slice 0 is the apex, RV (1) left of MYO (2) around LV (3)."""
     z, y, x = np.mgrid[:depth, :height, :width].astype(np.float32)
     label = np.zeros((depth, height, width), np.uint8)
     distance = np.hypot(y - height * 0.45, x - width * 0.6)
