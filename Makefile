@@ -35,7 +35,7 @@ run: setup ## train and evaluate on phantom hearts: make run [NOTEBOOK=04_coral]
 	@mkdir -p runs
 	$(BIN)/papermill notebooks/$(NOTEBOOK).ipynb runs/$(NOTEBOOK).ipynb -p ratio $(RATIO) \
 		--execution-timeout 3600 </dev/null
-	@echo "Executed notebook: runs/$(NOTEBOOK).ipynb"
+	@$(BIN)/python -m medlib summary runs/$(NOTEBOOK).ipynb
 
 test: lint unit nbval ## everything: lint, types, unit tests, every notebook against its committed outputs
 

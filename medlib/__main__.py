@@ -33,6 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--timeout", type=int, metavar="SECONDS", help="limit per cell; default: ample for the scale")
     run.set_defaults(command=command_run)
 
+    summary = commands.add_parser("summary", help="the table of a notebook that was run")
+    summary.add_argument("notebook", type=Path, help="path of the executed notebook")
+    summary.set_defaults(command=command_summary)
+
     check = commands.add_parser("check", help="look through a data set's folder before anything trains on it")
     check.add_argument("name", help="data set, such as acdc")
     check.add_argument("root", type=Path, help="its folder")
@@ -51,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def command_run(options: argparse.Namespace) -> int:
-    """Run a notebook; print where the result is, also where a cell failed."""
+    """Run a notebook; print its table and where the result is, also where a cell failed."""
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill import PapermillExecutionError
 
@@ -65,10 +69,25 @@ def command_run(options: argparse.Namespace) -> int:
     except (PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
         print(f"{error}\nmedlib: the run failed; as far as it came: {shorten(output)}", file=sys.stderr)
         return 1
-    print(f"Executed notebook: {shorten(run.notebook)} ({run.seconds:.0f} s)")
+    print_summary(run.notebook, f" ({run.seconds:.0f} s)")
     for record in run.records:
         print(f"Record: {shorten(record)}")
     return 0
+
+
+def command_summary(options: argparse.Namespace) -> int:
+    """Print the table of an executed notebook."""
+    print_summary(resolve(options.notebook))
+    return 0
+
+
+def print_summary(executed: Path, note: str = "") -> None:
+    """The table of an executed notebook, where it has one, and its path."""
+    from medlib.runner import notebook_summary
+
+    if table := notebook_summary(executed):
+        print(table)
+    print(f"Executed notebook: {shorten(executed)}{note}")
 
 
 def command_check(options: argparse.Namespace) -> int:

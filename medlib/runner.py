@@ -73,16 +73,20 @@ def find_notebook(name: str) -> Path:
     raise FileNotFoundError(f"no notebook {name!r}{closest(name, known)}; there are: {', '.join(known) or 'none'}")
 
 
-def parameters_source(notebook: Path) -> str:
-    """The text of the cell tagged ``parameters``; ValueError where there is none or the file is not a notebook."""
+def tagged_cells(notebook: Path, tag: str) -> list[dict]:
+    """The cells of a notebook file that carry ``tag``, as JSON. ValueError where the file is not a notebook."""
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{shorten(notebook)} is not a notebook ({error})") from error
-    for cell in cells:
-        if "parameters" in cell["metadata"].get("tags", []):
-            return "".join(cell["source"])
-    raise ValueError(f"{shorten(notebook)} has no cell tagged 'parameters', so nothing in it can be overridden")
+    return [cell for cell in cells if tag in cell["metadata"].get("tags", [])]
+
+
+def notebook_summary(executed: Path) -> str:
+    """What the cells tagged ``summary`` of an executed notebook show, as text: the table a run ends with."""
+    outputs = [output for cell in tagged_cells(executed, "summary") for output in cell["outputs"]]
+    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+    return "\n".join("".join(text).rstrip() for text in texts)
 
 
 def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
@@ -90,7 +94,10 @@ def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
 
     ValueError where it has no cell tagged ``parameters``, or that cell holds anything but ``name = literal``.
     """
-    source = parameters_source(notebook)
+    cells = tagged_cells(notebook, "parameters")
+    if not cells:
+        raise ValueError(f"{shorten(notebook)} has no cell tagged 'parameters', so nothing in it can be overridden")
+    source = "".join(cells[0]["source"])
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     parameters = {}

@@ -31,11 +31,11 @@ def notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write(tmp_path / "tiny.ipynb", "print('ratio is', ratio)\nassert ratio < 1, 'too much'")
 
 
-def write(path: Path, *codes: str, tag: str = "parameters") -> Path:
-    """A notebook with a parameters cell and these code cells."""
+def write(path: Path, *codes: str, tag: str = "parameters", last: str = "last") -> Path:
+    """A notebook with a parameters cell and these code cells, the first and the last of them tagged."""
     cells = [
         {"cell_type": "code", "source": text, "metadata": {"tags": tags}, "outputs": [], "execution_count": None}
-        for text, tags in [(PARAMETERS, [tag]), *((text, []) for text in codes)]
+        for text, tags in [(PARAMETERS, [tag]), *((text, [last] if text == codes[-1] else []) for text in codes)]
     ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 4}
@@ -106,7 +106,16 @@ def test_a_run_names_the_records_it_wrote(tmp_path: Path, notebook: Path, capsys
     write(notebook, "import pathlib\n_ = pathlib.Path(output_dir, 'new.record.json').write_text('{}')")
     assert main(["run", str(notebook), "-o", "result.ipynb"]) == 0
     shown = capsys.readouterr().out
-    assert "result.ipynb" in shown and "new.json" in shown and "old.record.json" not in shown
+    assert "result.ipynb" in shown and "new.record.json" in shown and "old.record.json" not in shown
+
+
+def test_a_run_ends_with_the_table_of_the_notebook(notebook: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(notebook, "print('much else')", "print('Dice 0.7')\n'LV 0.8'", last="summary")
+    assert main(["run", str(notebook)]) == 0
+    assert main(["summary", "runs/tiny.ipynb"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == lines[3:5] == ["Dice 0.7", "'LV 0.8'"]
+    assert [line.split(":")[0] for line in (lines[2], lines[5])] == ["Executed notebook"] * 2 and len(lines) == 6
 
 
 def test_a_failing_cell_is_exit_1_and_leaves_the_notebook(notebook: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -117,8 +126,8 @@ def test_a_failing_cell_is_exit_1_and_leaves_the_notebook(notebook: Path, capfd:
 
 
 def test_a_cell_that_hangs_is_ended(notebook: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    write(notebook, "print('before')", "import time\ntime.sleep(60)")
-    assert main(["run", str(notebook), "--timeout", "2"]) == 1
+    write(notebook, "print('before')", "import time\ntime.sleep(90)")
+    assert main(["run", str(notebook), "--timeout", "5"]) == 1
     assert "timed out" in capfd.readouterr().err.lower()
     assert "before" in printed(notebook.parent / "runs" / "tiny.ipynb")
 

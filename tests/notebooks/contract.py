@@ -9,7 +9,7 @@ from pathlib import Path
 
 from medlib.notebook import FIXED, PHANTOM
 from medlib.paths import PROJECT
-from medlib.runner import notebook_parameters
+from medlib.runner import notebook_parameters, notebook_summary
 
 MAX_CELLS = 70
 MAX_LINES = 30
@@ -168,6 +168,13 @@ def runs_headless(path: Path, notebook: Notebook) -> Iterator[str]:
         yield f"{size / 1e6:.1f} MB, at most {MAX_BYTES / 1e6:.1f}"
 
 
+def has_summary(path: Path, notebook: Notebook) -> Iterator[str]:
+    """One cell tagged `summary` shows, as text, the table that a run prints at its end."""
+    tagged = [cell for cell in notebook["cells"] if "summary" in tags(cell)]
+    if len(tagged) != 1 or not notebook_summary(path).strip():
+        yield f"{len(tagged)} cells tagged 'summary', expected one, with the table of the run as text"
+
+
 def is_listed(path: Path, notebook: Notebook) -> Iterator[str]:
     """The README beside the folder of notebooks names it."""
     readme = path.parent.parent / "README.md"
@@ -200,8 +207,8 @@ def exercises(notebook: Notebook) -> set[str]:
 
 
 RULES: tuple[Callable[[Path, Notebook], Iterator[str]], ...] = (
-    has_parameters, starts, was_run, names_no_machine, cells_are_short, figures_have_pictures, runs_headless, is_listed,
-    has_solutions,
+    has_parameters, starts, was_run, names_no_machine, cells_are_short, figures_have_pictures, runs_headless,
+    has_summary, is_listed, has_solutions,
 )  # fmt: skip
 
 
