@@ -23,7 +23,7 @@ setup: $(VENV)/.installed ## make .venv with the tested versions (once)
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or name it: make setup PYTHON=/path/to/python3"; exit 1; }
 	@echo "Installing into $(VENV), once. This takes a few minutes."
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@# torch first and alone: no other package may pull a second one
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
@@ -51,7 +51,7 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 lab: setup ## JupyterLab on notebooks/
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
 notebooks: setup ## run the committed notebooks again, in place, and tidy them: make notebooks [NB=notebooks/04_coral.ipynb]
 	$(BIN)/jupyter execute --inplace --timeout=3600 $(NB)
@@ -59,7 +59,8 @@ notebooks: setup ## run the committed notebooks again, in place, and tidy them: 
 		--extra-keys "metadata.widgets metadata.papermill cell.metadata.papermill cell.metadata.execution" $(NB)
 
 bench: setup ## time and memory of each loss beside its slow definition
-	$(BIN)/python -m tests.losses.bench
+	@for file in tests/benchmarks/bench_*.py; do \
+		OMP_NUM_THREADS=2 $(BIN)/python -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
 
 clean: ## remove .venv, caches and phantom data; runs/ stays
 	rm -rf $(VENV) data/phantoms data/cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
