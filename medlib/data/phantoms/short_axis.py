@@ -34,6 +34,7 @@ GROUPS = ("NOR", "DCM", "HCM", "MINF", "RV")
 
 BODY_SUBSLICES = 2  # planes averaged over a slice's thickness for the body
 HEART_SUBSLICES = 3  # the same for the heart and its labels; odd, so that a label has a middle
+SLIVER = 40  # mm2; a smaller section of the RV is one that nobody would outline
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Group:
     shortening: Range = Range(0.27, 0.37)  # radius of the LV cavity lost at end systole, share
     longitudinal: Range = Range(0.10, 0.16)  # length lost at end systole, share
     scar: Range = Range(0, 0)  # wall thickness lost inside the scar, share (0: no scar)
-    bulge: Range = Range(19, 29)  # how far the RV reaches beyond the LV's outer wall at the base, mm
+    bulge: Range = Range(22, 31)  # how far the RV reaches beyond the LV's outer wall at the base, mm
     rv_shortening: Range = Range(0.36, 0.5)  # bulge lost at end systole, share
     flattening: Range = Range(0, 0.04)  # septum pushed towards the LV, share of the radius
 
@@ -88,7 +89,7 @@ GROUP_RANGES = {
         shortening=Range(0.05, 0.15),
         longitudinal=Range(0.03, 0.07),
         bulge=Range(20, 34),
-        rv_shortening=Range(0.15, 0.4),
+        rv_shortening=Range(0.18, 0.4),
     ),
     "HCM": Group(
         cavity=Range(19, 24),
@@ -109,7 +110,7 @@ GROUP_RANGES = {
     "RV": Group(
         cavity=Range(20, 25),
         bulge=Range(33, 45),
-        rv_shortening=Range(0.1, 0.28),
+        rv_shortening=Range(0.18, 0.32),
         flattening=Range(0.06, 0.2),
     ),
 }
@@ -173,7 +174,7 @@ def draw_heart(rng: np.random.Generator, group: str, difficulty: Difficulty) -> 
         valve_tilt=_floats(rng.normal(0, 0.1, 2).clip(-0.2, 0.2)),
         bulge=ranges.bulge.draw(rng),
         rv_shortening=ranges.rv_shortening.draw(rng),
-        rv_apex=rng.uniform(0.14, 0.3),
+        rv_apex=rng.uniform(0.18, 0.32),
         rv_height=rng.uniform(0.95, 1.2),
         rv_outflow=rng.uniform(2, 14),
         rv_top=rng.uniform(-3, 9),
@@ -387,7 +388,7 @@ def draw_stack(rng: np.random.Generator, heart: Heart, difficulty: Difficulty) -
     pose = difficulty.pose
     covered = heart.length + rng.uniform(-18, 14)  # some stacks miss an end of the heart, some reach beyond it
     fewest = min(12, max(6, math.ceil(covered / 10)))
-    slices = int(min(12, fewest + rng.integers(0, 4)))
+    slices = min(12, fewest + int(rng.integers(0, 4)))
     step = round(float(np.clip(covered / slices, 5, 10)), 2)
     pixel = round(float(rng.uniform(1.2, 1.8)), 3)
     view = rng.uniform(270, 350)
@@ -396,7 +397,7 @@ def draw_stack(rng: np.random.Generator, heart: Heart, difficulty: Difficulty) -
     return Stack(
         shape=(slices, rows, columns),
         spacing=(step, pixel, pixel),
-        start=-rng.uniform(0.2, 0.8) * (slices * step - heart.length) + step / 2,
+        start=-rng.uniform(0.1, 0.5) * (slices * step - heart.length) + step / 2,
         turn=0.45 + float(np.clip(pose * rng.normal(0, 0.3), -0.55 * pose, 0.55 * pose)),
         roll=float(np.clip(pose * rng.normal(0, 0.25), -0.5 * pose, 0.5 * pose)),
         offset=_floats(pose * rng.uniform(-22, 22, 2)),
@@ -457,6 +458,7 @@ def right_ventricle(heart: Heart, x: Array, y: Array, z: float, contraction: Arr
     bulge = heart.bulge * np.sqrt(u * (2 - u)) * (1 - heart.rv_shortening * contraction * (1.2 - 0.3 * u))
     profile = np.sqrt(np.clip(1 - ((t - heart.equator) / heart.equator) ** 2, 0, 1))
     radius = np.maximum((heart.cavity + heart.wall) * np.where(t > 1, 1, profile), 1)
+    radius = radius * (1 - 0.33 * heart.shortening * contraction)  # the RV follows the wall of the LV inwards
     reach = (0.75 * radius + bulge) / 2  # half the ellipse along the septal direction
     middle = -(radius + bulge) + reach
     height = np.maximum(heart.rv_height * radius * (0.55 + 0.45 * u) + 0.12 * bulge, 1)
@@ -607,7 +609,7 @@ def _planes(count: int, thickness: float) -> tuple[float, ...]:
 
 
 def contraction_curve(frames: int, systole: int) -> Array:
-    """Contraction in each frame of a beat: 0 in frame 0 (end diastole), 1 in frame `systole`, slower on the way back."""
+    """Contraction in each frame of a beat: 0 in frame 0 (end diastole), 1 in frame `systole`, relaxing more slowly."""
     index = np.arange(frames, dtype=np.float32)
     rising = np.sin(0.5 * np.pi * index / systole) ** 2
     falling = np.cos(0.5 * np.pi * (index - systole) / (frames - systole)) ** 2
@@ -693,5 +695,8 @@ def draw_signal(
         classes[0] = HEART_SUBSLICES - classes[1:].sum(0)
         signal[:, index] = background
         signal[(slice(None), index, *window)] = drawn
-        labels[(slice(None), index, *window)] = classes.argmax(0)
+        winner = classes.argmax(0).astype(np.uint8)
+        slivers = (winner == 1).sum((1, 2)) * pixel**2 < SLIVER
+        winner[slivers] = np.where(winner[slivers] == 1, 0, winner[slivers])
+        labels[(slice(None), index, *window)] = winner
     return signal, labels
