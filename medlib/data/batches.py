@@ -133,7 +133,10 @@ class TrainingData:
     def fingerprint(self, labels: bool, everything: bool = False) -> str:
         """A hash of what a stage of training can see: every volume's content and, with ``labels``, who is labelled."""
         volumes = self.train + (self.val + self.test if everything else [])
-        seen = [volume.key for volume in volumes]
-        if labels:
-            seen += ["labelled", *sorted(self.split.labelled)]
-        return hashlib.sha256("\n".join(seen).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for volume in volumes:
+            digest.update(f"{volume.case.case} {volume.image.shape}".encode())
+            digest.update(np.ascontiguousarray(volume.image))
+            if labels and volume.label is not None and volume.case.patient in self.split.labelled:
+                digest.update(np.ascontiguousarray(volume.label))
+        return digest.hexdigest()

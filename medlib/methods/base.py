@@ -105,6 +105,7 @@ class Method(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     scales: ClassVar[Mapping[str, Mapping[str, Any]]] = {"ci": {}, "laptop": {}, "paper": {}}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}  # what ``variant`` sets, where a method has it
 
     image_size: int
     spacing: float | None
@@ -155,7 +156,7 @@ def build(name: str, *, scale: str = "paper", **settings: Any) -> Method:
     """The method ``name`` at ``scale``, with ``settings`` on top.
 
     A scale changes sizes and lengths, never the algorithm; "paper" is the paper's own, "laptop" takes minutes on two
-    CPU cores, "ci" seconds.
+    CPU cores, "ci" seconds. A setting given here overrules the variant, and the variant the scale.
 
     Raises:
         ValueError: unknown method, scale or setting; the message lists the known ones.
@@ -172,4 +173,7 @@ def build(name: str, *, scale: str = "paper", **settings: Any) -> Method:
             near = difflib.get_close_matches(setting, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name} has no setting {setting!r}{hint} Known: {', '.join(sorted(known))}")
-    return cls(**{**cls.scales[scale], **settings})
+    variant = settings.get("variant", "paper")
+    if variant not in cls.variants:
+        raise ValueError(f"{name} has no variant {variant!r}; there are {', '.join(cls.variants)}")
+    return cls(**{**cls.scales[scale], **cls.variants[variant], **settings})

@@ -1,0 +1,135 @@
+"""From a name and a folder to a measured result: read, split, prepare, train, evaluate, record."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medlib.data import Case, dataset_info
+from medlib.data.batches import TrainingData
+from medlib.data.prepare import Prepared, prepare
+from medlib.data.splits import Split
+from medlib.evaluate import Evaluation, evaluate
+from medlib.methods.base import Method
+from medlib.paths import DATA
+from medlib.train import Callback, Trained, Validate, make_fabric, train
+
+CACHE = DATA / "cache"
+
+
+def load(cases: Sequence[Case], split: Split, method: Method, *, progress: bool = True) -> TrainingData:
+    """Prepare ``cases`` as ``method`` wants them and divide them by patient.
+
+    Validation and test hold only scans with a label; training holds every scan of its patients, cine frames included.
+    """
+    prepared = prepare(cases, method.protocol(), CACHE, progress=progress)
+
+    def of(patients: Sequence[str], labelled_only: bool) -> list[Prepared]:
+        chosen = set(patients)
+        return [one for one in prepared if one.case.patient in chosen and (one.case.labels or not labelled_only)]
+
+    return TrainingData(
+        info=dataset_info(cases[0].dataset),
+        split=split,
+        train=of(split.train, labelled_only=False),
+        val=of(split.val, labelled_only=True),
+        test=of(split.test, labelled_only=True),
+    )
+
+
+def prepared_dice(volumes: Sequence[Prepared], info_classes: Sequence[str], device: torch.device) -> Validate:
+    """A validation for the training loop: Dice per class on the prepared grid, mean over volumes that hold the class.
+
+    Quick and on the device; the numbers that are reported come from `medlib.evaluate`, in native space.
+    """
+    images = torch.cat([torch.from_numpy(np.array(volume.image)) for volume in volumes]).unsqueeze(1).to(device)
+    labels = torch.cat([torch.from_numpy(np.array(volume.label)) for volume in volumes if volume.label is not None]).to(device)
+    owner = torch.cat([torch.full((len(volume.image),), i) for i, volume in enumerate(volumes)]).to(device)
+    classes = range(1, len(info_classes))
+
+    def validate(predict: Callable[[Tensor], Tensor]) -> Mapping[str, float]:
+        predicted = torch.cat([predict(chunk.float()).argmax(dim=1) for chunk in images.split(32)])
+        dice = []
+        for c in classes:
+            mine, theirs = predicted == c, labels == c
+            counts = torch.stack([(mine & theirs).sum((1, 2)), mine.sum((1, 2)), theirs.sum((1, 2))], dim=1).float()
+            volume = torch.zeros(len(volumes), 3, device=device).index_add_(0, owner, counts)
+            there = volume[:, 2] > 0
+            dice.append((2 * volume[there, 0] / volume[there, 1:].sum(dim=1)).mean())
+        values = torch.stack(dice).tolist()
+        named = dict(zip((info_classes[c] for c in classes), values, strict=True))
+        return {**named, "mean": sum(values) / len(values)}
+
+    return validate
+
+
+@dataclass
+class Outcome:
+    """A trained and measured method. ``test`` is None where the data hold no labelled test scan, or it was not opened."""
+
+    method: Method
+    data: TrainingData
+    seed: int
+    trained: Trained
+    val: Evaluation
+    test: Evaluation | None
+    seconds: float
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Class probabilities (B, C, S, S) of prepared images (B, 1, S, S)."""
+        device = next(self.trained.networks.parameters()).device
+        with torch.inference_mode():
+            return self.method.predict(self.trained.networks, images.to(device)).float()
+
+
+def run(
+    method: Method,
+    data: TrainingData,
+    *,
+    seed: int,
+    output_dir: Path,
+    device: str = "auto",
+    open_test: bool = False,
+    progress: bool = True,
+    callback: Callback | None = None,
+) -> Outcome:
+    """Train ``method`` on ``data``, then measure the last networks on validation and, when asked, on test.
+
+    Args:
+        seed: of the training; the split is the data's.
+        open_test: also measure on the test patients: for the number that is reported, not for choosing.
+        callback: see `medlib.train.train`.
+    """
+    fabric = make_fabric(device)
+    started = time.monotonic()
+    trained = train(
+        method,
+        data,
+        seed=seed,
+        output_dir=output_dir,
+        fabric=fabric,
+        validate=prepared_dice(data.val, data.info.classes, fabric.device) if data.val else None,
+        progress=progress,
+        callback=callback,
+    )
+
+    def predict(images: Tensor) -> Tensor:
+        with torch.inference_mode(), fabric.autocast():
+            return method.predict(trained.networks, images.to(fabric.device)).float()
+
+    def measure(volumes: list[Prepared]) -> Evaluation:
+        return evaluate(predict, volumes, data.info.classes, device=fabric.device)
+
+    return Outcome(
+        method=method,
+        data=data,
+        seed=seed,
+        trained=trained,
+        val=measure(data.val),
+        test=measure(data.test) if open_test and data.test else None,
+        seconds=time.monotonic() - started,
+    )

@@ -1,0 +1,373 @@
+"""The training loop: any stage of any method, on any device, resumable at any step.
+
+A stage is identified by what goes into it: its settings, what it may see of the data, the seed and the weights it starts
+from. Its folder is named by a hash of those, so that a stage whose inputs are unchanged is taken from its checkpoint:
+pre-training that sees no label is done once for all label ratios.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from medlib.data.batches import TrainingData
+from medlib.methods.base import Method, Stage, Streams, Work
+from medlib.nets import seeded_init
+from medlib.rng import stream_seed
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+FORMAT = 1  # of checkpoints; part of every stage's key, so that old ones are never read as new
+
+Callback = Callable[[str, int, Mapping[str, float]], None]
+Validate = Callable[[Callable[[Tensor], Tensor]], Mapping[str, float]]
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term became infinite or not a number; the message names it."""
+
+
+@dataclass
+class StageResult:
+    """One finished stage.
+
+    ``folder`` holds checkpoint, settings and metrics; ``reused`` is True when it was taken from an earlier run;
+    ``seconds`` is what its training took, then or now.
+    """
+
+    name: str
+    key: str
+    folder: Path
+    steps: int
+    seconds: float
+    reused: bool
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of its metrics file, oldest first."""
+        lines = []
+        for line in (self.folder / METRICS).read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # a run that was killed may leave half a line at the end
+                lines.append(json.loads(line))
+        return lines
+
+
+@dataclass
+class Trained:
+    """Networks after the last stage, in eval mode, and how they came about."""
+
+    networks: nn.ModuleDict
+    stages: list[StageResult]
+
+
+def make_fabric(device: str = "auto", devices: int | str = 1, precision: str | None = None) -> Fabric:
+    """Fabric for ``device`` ("auto", "cpu", "cuda", "mps"); bf16 autocast on a GPU that has it, float32 elsewhere."""
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but PyTorch sees no GPU; use device='auto' or 'cpu'")
+    if precision is None:
+        on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+        precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    fabric = Fabric(accelerator=device, devices=devices, precision=precision)  # type: ignore[arg-type]
+    fabric.launch()
+    return fabric
+
+
+def train(
+    method: Method,
+    data: TrainingData,
+    *,
+    seed: int,
+    output_dir: Path,
+    fabric: Fabric | None = None,
+    validate: Validate | None = None,
+    validate_every: int | None = None,
+    log_every: int = 10,
+    checkpoint_seconds: float = 30.0,
+    progress: bool = True,
+    callback: Callback | None = None,
+) -> Trained:
+    """Train ``method`` on ``data`` through all its stages; resumes and reuses what ``output_dir`` already holds.
+
+    Args:
+        seed: of initial weights, sampling, augmentation and dropout; each has its own stream.
+        output_dir: stages are kept in ``output_dir/stages``.
+        validate: called with a function images -> probabilities in stages that use labels; returns named numbers.
+        validate_every: steps between validations; default a quarter of the stage.
+        log_every: steps between lines of the metrics file; the only moments at which the host waits for the device.
+        callback: called as ``callback(stage, step, terms)`` at every such line.
+
+    Raises:
+        NonFiniteLoss: a term is infinite or not a number.
+        KeyboardInterrupt: after a checkpoint was written.
+    """
+    fabric = fabric or make_fabric()
+    with seeded_init(seed, "weights"):
+        networks = method.networks(data.classes)
+    networks.to(fabric.device)
+    results = []
+    for stage in method.stages(data):
+        loop = _Loop(
+            method, stage, networks, data, seed, output_dir, fabric, validate, validate_every,
+            log_every, checkpoint_seconds, progress, callback,
+        )  # fmt: skip
+        results.append(loop.run())
+    networks.requires_grad_(True).eval()
+    return Trained(networks, results)
+
+
+def stage_key(stage: Stage, data: TrainingData, seed: int, networks: nn.ModuleDict) -> str:
+    """What identifies a stage's outcome, as 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    inputs = [FORMAT, stage.describe(), data.fingerprint(stage.uses_labels, stage.everything), seed]
+    digest.update(json.dumps(inputs, sort_keys=True, default=str).encode())
+    for name, tensor in networks.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class _Loop:
+    """One stage of one run."""
+
+    method: Method
+    stage: Stage
+    networks: nn.ModuleDict
+    data: TrainingData
+    seed: int
+    output_dir: Path
+    fabric: Fabric
+    validate: Validate | None
+    validate_every: int | None
+    log_every: int
+    checkpoint_seconds: float
+    progress: bool
+    callback: Callback | None
+
+    def run(self) -> StageResult:
+        key = stage_key(self.stage, self.data, self.seed, self.networks)
+        self.folder = self.output_dir / "stages" / f"{self.method.name}-{self.stage.name}-{key}"
+        self.step, self.seconds = 0, 0.0
+        saved = self._load()
+        if saved is not None and saved["step"] >= self.stage.steps:
+            self.networks.load_state_dict(saved["networks"])
+            self._replay()
+            return StageResult(self.stage.name, key, self.folder, self.stage.steps, saved["seconds"], reused=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = {"method": self.method.name, "seed": self.seed, **self.stage.describe()}
+        _write_text(self.folder / "stage.json", json.dumps(settings, indent=2, default=str) + "\n")
+        with _own_randomness(self.seed, self.stage.name, self.fabric.device), _interruptible() as interrupted:
+            self._train(saved, interrupted)
+        return StageResult(self.stage.name, key, self.folder, self.stage.steps, self.seconds, reused=False)
+
+    def _train(self, saved: dict[str, Any] | None, interrupted: Callable[[], bool]) -> None:
+        streams = Streams(self.seed, self.stage.name, self.fabric.device)
+        self.networks.requires_grad_(True)
+        with seeded_init(self.seed, self.stage.name, "weights"):  # modules that only this stage has
+            work = self.stage.begin(self.networks, self.data, streams)
+        work.to(self.fabric.device)
+        self.work, self.streams = work, streams
+        if saved is not None:
+            self._restore(saved)
+        else:
+            (self.folder / METRICS).write_text("")
+        runner, optimizer = self.fabric.setup(work, work.optimizer)
+        every = self.validate_every or max(1, self.stage.steps // 4)
+        work.train()
+        bar = tqdm(
+            total=self.stage.steps, initial=self.step, disable=not self.progress or not self.fabric.is_global_zero,
+            desc=f"{self.method.title}: {self.stage.name}", unit="step", mininterval=0.5,
+        )  # fmt: skip
+        started = last_saved = time.monotonic()
+        before = self.seconds
+        finite: dict[str, Tensor] = {}
+        with bar:
+            while self.step < self.stage.steps:
+                optimizer.zero_grad(set_to_none=True)
+                terms = runner(**work.draw())
+                self.fabric.backward(terms["total"])
+                optimizer.step()
+                work.schedule.step()
+                work.after_step()
+                self.step += 1
+                self.seconds = before + time.monotonic() - started
+                for name, term in terms.items():
+                    ok = torch.isfinite(term.detach())
+                    finite[name] = finite[name] & ok if name in finite else ok
+                bar.update()
+                last = self.step == self.stage.steps
+                if last or self.step % self.log_every == 0 or self.step == 1:
+                    values = self._log(terms, finite, optimizer.param_groups[0]["lr"])
+                    bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+                if self.validate is not None and self.stage.uses_labels and (last or self.step % every == 0):
+                    self._validate(bar)
+                    work.train()
+                now = time.monotonic()
+                if last or interrupted() or now - last_saved > self.checkpoint_seconds:
+                    self._check_finite(finite)
+                    self._save()
+                    last_saved = now
+                if interrupted() and not last:
+                    raise KeyboardInterrupt(
+                        f"stopped at step {self.step} of {self.stage.steps} of {self.stage.name}; the checkpoint is "
+                        "written, the same call goes on from there"
+                    )
+
+    def _log(self, terms: Mapping[str, Tensor], finite: Mapping[str, Tensor], rate: float) -> dict[str, float]:
+        self._check_finite(finite)
+        numbers = torch.stack([term.detach().float() for term in terms.values()]).tolist()  # one wait for all terms
+        values = dict(zip(terms, numbers, strict=True))
+        self._append({"seconds": round(self.seconds, 3), "lr": rate, **values})
+        if self.callback is not None:
+            self.callback(self.stage.name, self.step, values)
+        return values
+
+    def _check_finite(self, finite: Mapping[str, Tensor]) -> None:
+        if not finite:
+            return
+        passed = torch.stack(list(finite.values())).tolist()  # one wait for all terms
+        bad = [name for name, ok in zip(finite, passed, strict=True) if not ok]
+        if bad:
+            culprits = [name for name in bad if name != "total"] or bad
+            raise NonFiniteLoss(
+                f"loss term {', '.join(culprits)} of {self.method.name}'s stage {self.stage.name!r} became infinite or "
+                f"not a number within the {self.log_every} steps before step {self.step}; the last checkpoint in "
+                f"{self.folder.name} is from before. A lower learning rate or float32 precision is the usual cure."
+            )
+
+    def _validate(self, bar: "tqdm[Any]") -> None:
+        assert self.validate is not None
+        self.networks.eval()
+
+        def predict(images: Tensor) -> Tensor:
+            with torch.inference_mode(), self.fabric.autocast():
+                return self.method.predict(self.networks, images.to(self.fabric.device)).float()
+
+        numbers = dict(self.validate(predict))
+        self._append({"seconds": round(self.seconds, 3), "validation": numbers})
+        if self.callback is not None:
+            self.callback(self.stage.name, self.step, {f"validation {name}": value for name, value in numbers.items()})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if self.fabric.is_global_zero:
+            with open(self.folder / METRICS, "a") as file:
+                file.write(json.dumps({"stage": self.stage.name, "step": self.step, **line}) + "\n")
+
+    def _replay(self) -> None:
+        """Show a reused stage's history to the callback, so that its curves are drawn all the same."""
+        if self.callback is None:
+            return
+        for line in StageResult(self.stage.name, "", self.folder, 0, 0.0, True).history():
+            if "validation" in line:
+                terms = {f"validation {name}": value for name, value in line["validation"].items()}
+            else:
+                terms = {name: value for name, value in line.items() if name not in ("stage", "step", "seconds", "lr")}
+            self.callback(self.stage.name, line["step"], terms)
+
+    def _save(self) -> None:
+        if not self.fabric.is_global_zero:
+            return
+        cuda = self.fabric.device.type == "cuda"
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "networks": self.networks.state_dict(),
+            "work": self.work.state_dict(),
+            "optimizer": self.work.optimizer.state_dict(),
+            "schedule": self.work.schedule.state_dict(),
+            "streams": self.streams.state_dict(),
+            "samplers": {name: sampler.waiting for name, sampler in self.work.samplers.items()},
+            "dropout": torch.get_rng_state(),
+            "dropout_cuda": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
+        }
+        if self.step >= self.stage.steps:  # done: only what later stages and readers need
+            state = {name: state[name] for name in ("step", "seconds", "networks")}
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=CHECKPOINT, delete=False) as file:
+            try:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, self.folder / CHECKPOINT)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+
+    def _load(self) -> dict[str, Any] | None:
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, map_location=self.fabric.device, weights_only=True)
+        except Exception as error:
+            raise RuntimeError(
+                f"the checkpoint {path} cannot be read ({error}); delete its folder to train this stage anew"
+            ) from error
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.work.load_state_dict(saved["work"])
+        self.networks.load_state_dict(saved["networks"])
+        self.work.optimizer.load_state_dict(saved["optimizer"])
+        self.work.schedule.load_state_dict(saved["schedule"])
+        # generator states live on the host, whatever device they draw on
+        self.streams.load_state_dict({name: state.cpu() for name, state in saved["streams"].items()})
+        for name, waiting in saved["samplers"].items():
+            self.work.samplers[name].waiting = waiting
+        torch.set_rng_state(saved["dropout"].cpu())
+        if saved["dropout_cuda"] is not None:
+            torch.cuda.set_rng_state(saved["dropout_cuda"].cpu(), self.fabric.device)
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        lines = StageResult(self.stage.name, "", self.folder, 0, 0.0, False).history()
+        kept = [json.dumps(line) for line in lines if line["step"] <= self.step]
+        _write_text(self.folder / METRICS, "".join(line + "\n" for line in kept))
+
+
+@contextlib.contextmanager
+def _own_randomness(seed: int, stage: str, device: torch.device) -> Iterator[None]:
+    """Dropout and everything else that can only draw from the global state does so from a stream of this stage."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(stream_seed(seed, stage, "dropout"))
+        yield
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C and SIGTERM only raise a flag, so that no step is cut in half; a second Ctrl-C stops at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+    previous: dict[signal.Signals, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield flag.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
