@@ -1,5 +1,7 @@
 """From a name and a folder to a measured result: read, split, prepare, train, evaluate, record."""
 
+import dataclasses
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ from medlib.data.prepare import Prepared, prepare
 from medlib.data.splits import Split
 from medlib.evaluate import Evaluation, evaluate
 from medlib.methods.base import Method
+from medlib.nets import parameter_count
 from medlib.paths import DATA
+from medlib.results import RunRecord, versions
 from medlib.train import Callback, Trained, Validate, make_fabric, train
 
 CACHE = DATA / "cache"
@@ -41,7 +45,7 @@ def load(cases: Sequence[Case], split: Split, method: Method, *, progress: bool 
     )
 
 
-def prepared_dice(volumes: Sequence[Prepared], info_classes: Sequence[str], device: torch.device) -> Validate:
+def prepared_dice(volumes: Sequence[Prepared], names: Sequence[str], device: torch.device) -> Validate:
     """A validation for the training loop: Dice per class on the prepared grid, mean over volumes that hold the class.
 
     Quick and on the device; the numbers that are reported come from `medlib.evaluate`, in native space.
@@ -49,7 +53,7 @@ def prepared_dice(volumes: Sequence[Prepared], info_classes: Sequence[str], devi
     images = torch.cat([torch.from_numpy(np.array(volume.image)) for volume in volumes]).unsqueeze(1).to(device)
     labels = torch.cat([torch.from_numpy(np.array(volume.label)) for volume in volumes if volume.label is not None]).to(device)
     owner = torch.cat([torch.full((len(volume.image),), i) for i, volume in enumerate(volumes)]).to(device)
-    classes = range(1, len(info_classes))
+    classes = range(1, len(names))
 
     def validate(predict: Callable[[Tensor], Tensor]) -> Mapping[str, float]:
         predicted = torch.cat([predict(chunk.float()).argmax(dim=1) for chunk in images.split(32)])
@@ -61,7 +65,7 @@ def prepared_dice(volumes: Sequence[Prepared], info_classes: Sequence[str], devi
             there = volume[:, 2] > 0
             dice.append((2 * volume[there, 0] / volume[there, 1:].sum(dim=1)).mean())
         values = torch.stack(dice).tolist()
-        named = dict(zip((info_classes[c] for c in classes), values, strict=True))
+        named = dict(zip((names[c] for c in classes), values, strict=True))
         return {**named, "mean": sum(values) / len(values)}
 
     return validate
@@ -77,6 +81,7 @@ class Outcome:
     trained: Trained
     val: Evaluation
     test: Evaluation | None
+    device: str
     seconds: float
 
     def predict(self, images: Tensor) -> Tensor:
@@ -84,6 +89,36 @@ class Outcome:
         device = next(self.trained.networks.parameters()).device
         with torch.inference_mode():
             return self.method.predict(self.trained.networks, images.to(device)).float()
+
+    def record(self, *, scale: str, root: str | os.PathLike[str] | None, command: str) -> RunRecord:
+        """What this run leaves behind.
+
+        Args:
+            root: the folder of the real data (only its last name is kept), or None for phantoms.
+            command: the command that repeats the run.
+        """
+        missing = {}
+        if self.test is None:
+            here = "was not opened" if self.data.test else "is empty: these data hold no labelled test scan"
+            missing["test"] = f"the test split {here}"
+        return RunRecord(
+            method=self.method.name,
+            variant=getattr(self.method, "variant", "paper"),
+            settings=dataclasses.asdict(self.method),
+            scale=scale,
+            seed=self.seed,
+            dataset=self.data.info.name,
+            data={"kind": "phantom"} if root is None else {"kind": "real", "root": Path(root).name},
+            split=self.data.split,
+            versions=versions(),
+            device=self.device,
+            command=command,
+            seconds={stage.name: stage.seconds for stage in self.trained.stages},
+            parameters=parameter_count(self.trained.networks),
+            val=self.val,
+            test=self.test,
+            missing=missing,
+        )
 
 
 def run(
@@ -131,5 +166,6 @@ def run(
         trained=trained,
         val=measure(data.val),
         test=measure(data.test) if open_test and data.test else None,
+        device=torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else fabric.device.type,
         seconds=time.monotonic() - started,
     )
