@@ -30,7 +30,7 @@ class Warp:
         return F.grid_sample(images, self.grid.to(images.dtype), mode="bilinear", align_corners=False)
 
     def predictions(self, maps: Tensor) -> Tensor:
-        """Warp logits or probabilities (B, C, H, W), bilinear and differentiable; outside pixels are 0, see `inside`."""
+        """Warp logits or probabilities (B, C, H, W), bilinear, differentiable; outside pixels are 0, see `inside`."""
         return self.images(maps)
 
     def labels(self, labels: Tensor, outside: int = 0) -> Tensor:

@@ -42,7 +42,7 @@ class FeatureBank(nn.Module):
         return torch.arange(self.capacity, device=self.rows.device) < self.pushed
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """``count`` rows (count, D) drawn with replacement from the filled slots; zeros only while nothing was pushed."""
+        """``count`` rows (count, D), with replacement, from the filled slots; zeros only while nothing was pushed."""
         filled = self.pushed.clamp(1, self.capacity)
         draw = torch.rand(count, generator=generator, device=self.rows.device)
         return self.rows[(draw * filled).long().clamp(max=self.capacity - 1)]

@@ -50,8 +50,9 @@ def prepared_dice(volumes: Sequence[Prepared], names: Sequence[str], device: tor
 
     Quick and on the device; the numbers that are reported come from `medlib.evaluate`, in native space.
     """
-    images = torch.cat([torch.from_numpy(np.array(volume.image)) for volume in volumes]).unsqueeze(1).to(device)
-    labels = torch.cat([torch.from_numpy(np.array(volume.label)) for volume in volumes if volume.label is not None]).to(device)
+    images = torch.from_numpy(np.concatenate([volume.image for volume in volumes])).unsqueeze(1).to(device)
+    masks = [volume.label for volume in volumes if volume.label is not None]
+    labels = torch.from_numpy(np.concatenate(masks)).to(device)
     owner = torch.cat([torch.full((len(volume.image),), i) for i, volume in enumerate(volumes)]).to(device)
     classes = range(1, len(names))
 

@@ -5,6 +5,7 @@ has one dropout rate for all levels and always normalises the bottleneck. The bl
 """
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -64,7 +65,7 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList()
         for level, (before, after, rate) in enumerate(zip(inputs, widths, rates, strict=True)):
             plain = level == len(widths) - 1 and not normalise_bottleneck
-            block = TwoConv(
+            block: nn.Sequential = TwoConv(
                 spatial_dims,
                 before,
                 after,
@@ -73,7 +74,7 @@ class Encoder(nn.Module):
                 bias=True,
             )
             if rate:
-                block.conv_0.add_module("dropout", nn.Dropout(rate))
+                block = nn.Sequential(OrderedDict(conv_0=block.conv_0, dropout=nn.Dropout(rate), conv_1=block.conv_1))
             self.levels.append(block)
         self.pool = nn.MaxPool2d(2) if spatial_dims == 2 else nn.MaxPool3d(2)
 
@@ -136,7 +137,9 @@ def coral_unet(classes: int, width: int = 48) -> UNet:
     """
     widths = [width * 2**level for level in range(5)]
     unet = UNet(
-        Encoder(widths, normalise_bottleneck=False), Decoder(widths), nn.Conv2d(width, classes, kernel_size=1, bias=False)
+        Encoder(widths, normalise_bottleneck=False),
+        Decoder(widths),
+        nn.Conv2d(width, classes, kernel_size=1, bias=False),
     )
     kaiming_init(unet)
     return unet

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="", help="told apart by this name where settings differ")
     parser.add_argument("--phantom", action="store_true", help="the folder holds phantoms; say so in the records")
     parser.add_argument("--open-test", action="store_true", help="also measure on the test patients")
-    parser.add_argument("--records", type=Path, required=True, help="folder of the records; runs recorded there are skipped")
+    parser.add_argument(
+        "--records", type=Path, required=True, help="folder of the records; runs recorded there are skipped"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="folder of the checkpoints")
     parser.set_defaults(command=command)
 

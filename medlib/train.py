@@ -1,8 +1,8 @@
 """The training loop: any stage of any method, on any device, resumable at any step.
 
-A stage is identified by what goes into it: its settings, what it may see of the data, the seed and the weights it starts
-from. Its folder is named by a hash of those, so that a stage whose inputs are unchanged is taken from its checkpoint:
-pre-training that sees no label is done once for all label ratios.
+A stage is identified by what goes into it: its settings, what it may see of the data, the seed and the weights it
+starts from. Its folder is named by a hash of those, so that a stage whose inputs are unchanged is taken from its
+checkpoint: pre-training that sees no label is done once for all label ratios.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from medlib.data.batches import TrainingData
-from medlib.methods.base import Method, Stage, Streams, Work
+from medlib.methods.base import Method, Stage, Streams
 from medlib.nets import seeded_init
 from medlib.rng import stream_seed
 

@@ -55,9 +55,15 @@ class Slices:
             volume_of.append(torch.full((slices,), number))
             patient_of.append(torch.full((slices,), patients.index(volume.case.patient)))
             labelled.append(torch.full((slices,), seen))
-        columns = (images, labels, positions, index, depth, volume_of, patient_of, labelled)
         return cls(
-            *(torch.cat(column).to(device) for column in columns),
+            images=torch.cat(images).to(device),
+            labels=torch.cat(labels).to(device),
+            positions=torch.cat(positions).to(device),
+            index=torch.cat(index).to(device),
+            depth=torch.cat(depth).to(device),
+            volume=torch.cat(volume_of).to(device),
+            patient=torch.cat(patient_of).to(device),
+            labelled=torch.cat(labelled).to(device),
             cases=tuple(volume.case.case for volume in volumes),
             patients=patients,
         )
@@ -136,7 +142,7 @@ class TrainingData:
         digest = hashlib.sha256()
         for volume in volumes:
             digest.update(f"{volume.case.case} {volume.image.shape}".encode())
-            digest.update(np.ascontiguousarray(volume.image))
+            digest.update(volume.image.tobytes())
             if labels and volume.label is not None and volume.case.patient in self.split.labelled:
-                digest.update(np.ascontiguousarray(volume.label))
+                digest.update(volume.label.tobytes())
         return digest.hexdigest()

@@ -32,7 +32,9 @@ class _Partitions(SliceContrast):
         super().__init__()
         self.temperature, self.partitions = temperature, partitions
 
-    def forward(self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor
+    ) -> dict[str, Tensor]:
         part = slice_partition(index, depth, self.partitions).repeat(2)
         loss = partition_contrastive_loss(torch.cat([first, second]), part, temperature=self.temperature)
         return {"total": loss, "partition": loss}
@@ -70,7 +72,9 @@ class _Positions(SliceContrast):
         super().__init__()
         self.temperature, self.threshold = temperature, threshold
 
-    def forward(self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor
+    ) -> dict[str, Tensor]:
         loss = positional_contrastive_loss(
             torch.cat([first, second]), positions.repeat(2), self.threshold, temperature=self.temperature
         )
@@ -101,7 +105,9 @@ class _Views(SliceContrast):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor
+    ) -> dict[str, Tensor]:
         loss = nt_xent_loss(first, second, self.temperature)
         return {"total": loss, "nt_xent": loss}
 

@@ -18,7 +18,9 @@ class _CoralContrast(SliceContrast):
         super().__init__()
         self.loss = loss
 
-    def forward(self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor
+    ) -> dict[str, Tensor]:
         return self.loss(torch.cat([first, second]), positions.repeat(2))
 
 

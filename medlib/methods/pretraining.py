@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,16 @@ from medlib.augment import GeometricAugmentation
 from medlib.data.batches import ShuffledRows, TrainingData
 from medlib.losses.segmentation import cross_entropy_loss
 from medlib.methods.base import Method, Stage, Streams, Work
-from medlib.nets import ProjectionHead, coral_unet
+from medlib.nets import ProjectionHead, UNet, coral_unet
 
 
 class SliceContrast(nn.Module, ABC):
     """A loss on two views of a batch of slices: the part in which the pre-training methods differ."""
 
     @abstractmethod
-    def forward(self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor
+    ) -> dict[str, Tensor]:
         """Named terms, ``total`` among them.
 
         Args:
@@ -27,6 +29,11 @@ class SliceContrast(nn.Module, ABC):
             positions: (B,) float, slice position in (0, 1].
             index, depth: (B,) int, the slice's index in its volume and that volume's number of slices.
         """
+
+
+def unet_of(networks: nn.ModuleDict) -> UNet:
+    """The segmentation network of a two-stage method."""
+    return cast(UNet, networks["unet"])
 
 
 def cosine_schedule(
@@ -63,7 +70,7 @@ class _Pretraining(Work):
         super().__init__()
         self.stage, self.streams = stage, streams
         self.slices = data.slices(streams.device, everything=stage.everything)
-        self.encoder, self.head, self.contrast = networks["unet"].encoder, networks["head"], networks["contrast"]
+        self.encoder, self.head, self.contrast = unet_of(networks).encoder, networks["head"], networks["contrast"]
         rows = torch.arange(len(self.slices), device=self.slices.images.device)
         self.samplers = {"slices": ShuffledRows(rows, stage.batch_size, streams["sample"])}
         # The learnable direction of CORAL is in the same parameter group as the network, as in the released code.
@@ -115,7 +122,7 @@ class _Finetuning(Work):
         super().__init__()
         self.stage, self.streams = stage, streams
         self.slices = data.slices(streams.device)
-        self.unet = networks["unet"]
+        self.unet = unet_of(networks)
         self.unet.encoder.requires_grad_(not stage.frozen)
         rows = self.slices.labelled.nonzero().squeeze(1)
         self.samplers = {"labelled": ShuffledRows(rows, stage.batch_size, streams["sample"])}
@@ -230,9 +237,7 @@ class PretrainThenFinetune(Method):
         finetuning = SupervisedFinetuning(
             name="finetune",
             uses_labels=True,
-            steps=length(
-                self.finetune_steps, self.finetune_epochs, int(slices.labelled.sum()), self.finetune_batch
-            ),
+            steps=length(self.finetune_steps, self.finetune_epochs, int(slices.labelled.sum()), self.finetune_batch),
             batch_size=self.finetune_batch,
             learning_rate=self.finetune_learning_rate,
             floor=self.finetune_floor,
@@ -258,9 +263,9 @@ class PretrainThenFinetune(Method):
         return [pretraining, finetuning]
 
     def predict(self, networks: nn.ModuleDict, images: Tensor) -> Tensor:
-        return networks["unet"](images).softmax(dim=1)
+        return unet_of(networks)(images).softmax(dim=1)
 
     def embed(self, networks: nn.ModuleDict, images: Tensor) -> Tensor:
         """Embeddings (B, d) of images (B, 1, S, S): the head's raw output, or the pooled bottleneck without a head."""
-        bottleneck = networks["unet"].encoder(images)[-1]
+        bottleneck = unet_of(networks).encoder(images)[-1]
         return networks["head"](bottleneck) if "head" in networks else bottleneck.flatten(2).mean(dim=2)
