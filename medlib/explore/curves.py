@@ -88,15 +88,18 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
 def _dice(figure: go.Figure, checks: list[Mapping[str, Any]], column: int, end: float) -> None:
     """Validation Dice of each class, thin, and their mean, strong, in the lower panel of ``column``."""
     steps = [line["step"] for line in checks]
-    height = 0.0
-    for structure in sorted(checks[0]["val_dice"], key=checks[-1]["val_dice"].get):
+    mean = [round(float(np.nanmean(list(line["val_dice"].values()))), 4) for line in checks]
+    ends = {"<b>mean</b>": mean[-1]}
+    for structure in checks[0]["val_dice"]:
         dice = [round(float(line["val_dice"][structure]), 4) for line in checks]
+        ends[structure] = dice[-1]
         figure.add_trace(go.Scatter(x=steps, y=dice, name=structure, mode="lines", showlegend=False,
                                     line={"color": MUTED, "width": 1.2}, opacity=0.7), row=2, col=column)  # fmt: skip
-        height = max(dice[-1], height + 0.07)  # names of classes that end close to each other move apart
-        figure.add_annotation(x=steps[-1], y=height, text=structure, xanchor="left", xshift=4, row=2, col=column,
+    height = -1.0
+    for structure, last in sorted(ends.items(), key=lambda item: item[1]):
+        height = max(last, height + 0.075)  # names of curves that end close to each other move apart
+        figure.add_annotation(x=steps[-1], y=height, text=structure, xanchor="left", xshift=6, row=2, col=column,
                               font={"size": 11})  # fmt: skip
-    mean = [round(float(np.nanmean(list(line["val_dice"].values()))), 4) for line in checks]
     best = int(np.nanargmax(mean))
     figure.add_trace(go.Scatter(x=steps, y=mean, name="mean", mode="lines+markers", showlegend=False,
                                 line={"color": INK, "width": 2.4}, marker={"size": 6}), row=2, col=column)  # fmt: skip

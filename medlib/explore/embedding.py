@@ -93,8 +93,9 @@ def _chips(colours: Mapping[str, str]) -> str:
     """A legend in HTML; nothing where there are too many entries to tell their colours apart."""
     if not 0 < len(colours) <= 10:
         return ""
-    dot = "display:inline-block;width:10px;height:10px;border-radius:5px;margin:0 5px 0 14px;background:"
-    return "".join(f'<span style="{dot}{colour}"></span>{escape(name)}' for name, colour in colours.items())
+    dot = "display:inline-block;width:10px;height:10px;border-radius:5px;margin-right:5px;background:"
+    entry = '<span style="white-space:nowrap;display:inline-block;margin-right:14px"><span style="{}{}"></span>{}</span>'
+    return "".join(entry.format(dot, colour, escape(name)) for name, colour in colours.items())
 
 
 def embedding_explorer(

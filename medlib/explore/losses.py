@@ -19,9 +19,9 @@ _RIM = 0.16  # radius of a drawn point
 _ANGLES = 121  # angles at which the loss is sampled for its curve
 
 
-def _slider(name: str, limits: Range) -> ipywidgets.FloatSlider:
+def _slider(name: str, limits: Range, step: float | None = None) -> ipywidgets.FloatSlider:
     low, high, value = limits
-    return ipywidgets.FloatSlider(value=value, min=low, max=high, step=(high - low) / 100, description=name.replace("_", " "),
+    return ipywidgets.FloatSlider(value=value, min=low, max=high, step=step or (high - low) / 100, description=name.replace("_", " "),
                                   readout_format=".3g", layout=ipywidgets.Layout(width="350px"),
                                   style={"description_width": "110px"})  # fmt: skip
 
@@ -94,8 +94,8 @@ def loss_explorer(
     radius, angle = np.linalg.norm(start, axis=1), np.degrees(np.arctan2(start[:, 1], start[:, 0])) % 360
     controls: dict[str, ipywidgets.ValueWidget] = {
         "point": ipywidgets.ToggleButtons(options=[(s, i) for i, s in enumerate(letters)], style={"button_width": "36px"}),
-        "angle": _slider("angle", (0.0, 360.0, float(angle[0]))),
-        "radius": _slider("radius", (0.1, 1.5, float(np.clip(radius[0], 0.1, 1.5)))),
+        "angle": _slider("angle", (0.0, 360.0, float(angle[0])), step=1.0),
+        "radius": _slider("radius", (0.1, 1.5, float(np.clip(radius[0], 0.1, 1.5))), step=0.05),
     }
     settings = {name: _slider(name, limits) for name, limits in (parameters or {}).items()}
     controls.update(settings)
@@ -114,19 +114,19 @@ def loss_explorer(
     turn = np.linspace(0, 360, _ANGLES)
     around = np.stack([np.cos(np.radians(turn)), np.sin(np.radians(turn))], axis=1)
 
-    figure = go.FigureWidget(make_subplots(1, 2, column_widths=[0.54, 0.46], horizontal_spacing=0.11))
+    frame = make_subplots(1, 2, column_widths=[0.54, 0.46], horizontal_spacing=0.11)
     rim = {"mode": "lines", "line": {"color": GRID, "width": 2}, "hoverinfo": "skip", "showlegend": False}
-    figure.add_trace(go.Scatter(x=around[:, 0].round(3), y=around[:, 1].round(3), **rim), row=1, col=1)
-    figure.add_trace(go.Scatter(
+    frame.add_trace(go.Scatter(x=around[:, 0].round(3), y=around[:, 1].round(3), **rim), row=1, col=1)
+    frame.add_trace(go.Scatter(
         x=start[:, 0], y=start[:, 1], mode="markers+text", text=list(letters), showlegend=False,
         textfont={"color": [CARD if p < 0.75 else INK for p in positions], "size": 13},
         customdata=list(positions), hovertemplate="%{text}, position %{customdata:.2f}<extra></extra>",
         marker={"size": 27, "color": list(positions), "coloraxis": "coloraxis", "line": {"color": CARD, "width": 2}},
     ), row=1, col=1)  # fmt: skip
-    figure.add_trace(go.Scatter(x=turn, mode="lines", line={"color": SERIES[0], "width": 2.4}, showlegend=False), row=1, col=2)
-    figure.add_trace(go.Scatter(x=[0], mode="markers", marker={"size": 12, "color": SERIES[1]}, showlegend=False), row=1, col=2)
-    view = {"range": [-1.75, 1.75], "showgrid": False, "showticklabels": False, "fixedrange": True, "title": None}
-    figure.update_layout(
+    frame.add_trace(go.Scatter(x=turn, y=turn * 0, mode="lines", line={"color": SERIES[0], "width": 2.4}, showlegend=False), row=1, col=2)
+    frame.add_trace(go.Scatter(x=[0], y=[0], mode="markers", marker={"size": 12, "color": SERIES[1]}, showlegend=False), row=1, col=2)
+    view = {"range": [-1.62, 1.62], "showgrid": False, "showticklabels": False, "fixedrange": True, "title": None}
+    frame.update_layout(
         template=TEMPLATE, height=430, margin={"l": 20, "r": 20, "t": 70, "b": 52},
         xaxis=view, yaxis={**view, "scaleanchor": "x"},
         xaxis2={"tickvals": [0, 90, 180, 270, 360], "ticktext": ["0°", "90°", "180°", "270°", "360°"]}, yaxis2={"title": "loss"},
@@ -134,6 +134,7 @@ def loss_explorer(
             "title": {"text": "position", "font": {"size": 12, "color": MUTED}}, "orientation": "h", "thickness": 8, "len": 0.4, "x": 0.25, "y": 0.04, "yanchor": "top",
             "outlinewidth": 0, "tickvals": [0, 1], "tickfont": {"color": MUTED}}},
     )  # fmt: skip
+    figure = go.FigureWidget(frame)
 
     def draw(change=None) -> None:
         if state["busy"]:
@@ -151,7 +152,7 @@ def loss_explorer(
             dots.x, dots.y = at[:, 0], at[:, 1]
             dots.marker.line.color = [SERIES[1] if i == chosen else CARD for i in range(len(at))]
             dots.marker.line.width = [4 if i == chosen else 2 for i in range(len(at))]
-            figure.data[2].y = np.round(landscape, 5)
+            figure.data[2].x, figure.data[2].y = turn, np.round(landscape, 5)
             figure.data[3].x, figure.data[3].y = [controls["angle"].value], [round(value, 5)]
             figure.layout.xaxis2.title.text = f"angle of {letters[chosen]}"
             figure.layout.title.text = f"{title} <span style='font-size:14px'> loss {value:.3f}</span>"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ipywidgets
+import numpy as np
 import plotly.graph_objects as go
 from IPython.display import display
 
@@ -71,9 +72,13 @@ def picture(figure: go.Figure) -> bytes | None:
     sized.update_layout(width=figure.layout.width or figure.layout.template.layout.width or 720)
     sized.update_layout(height=figure.layout.height or figure.layout.template.layout.height or 400)
     try:
-        png = b""
+        png, canvas, drawn = b"", np.empty(0), 0.0
         for scale, step in _LADDER:
-            png = encode_png(fewer_colours(decode_canvas(_draw(sized, scale)), step))
+            if len(png) * (scale / max(drawn, 1)) ** 2 > 1.3 * PNG_LIMIT and scale > 1 and scale != drawn:
+                continue  # the last try tells that this one will not do either
+            if scale != drawn:
+                canvas, drawn = decode_canvas(_draw(sized, scale)), scale
+            png = encode_png(fewer_colours(canvas, step))
             if len(png) <= PNG_LIMIT:
                 break
         return png

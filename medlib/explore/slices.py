@@ -156,7 +156,7 @@ def volume_viewer(
         # A hair wider than the scan below it: plotly takes two images of one place and size for the same image.
         places.append({**places[1], "source": "", "opacity": 0.8, "sizex": width * 1.0001})
     frame = {"range": [0, width], "constrain": "domain"}, {"range": [height * aspect, 0], "constrain": "domain"}
-    figure.update_layout(template=TEMPLATE, title=title, height=400, images=places, margin={"l": 20, "r": 20, "t": 64, "b": 60})
+    figure.update_layout(template=TEMPLATE, title=title, height=400, images=places, margin={"l": 20, "r": 52 if maps else 20, "t": 58, "b": 60})
     for s in scans:
         figure.update_layout({f"xaxis{s}": bare_axis(**frame[0]), f"yaxis{s}": bare_axis(**frame[1], scaleanchor=f"x{s}")})
         figure.add_trace(go.Scatter(x=[0], y=[0], mode="markers", opacity=0, showlegend=False, hoverinfo="skip",
