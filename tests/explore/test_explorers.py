@@ -1,0 +1,284 @@
+"""Every figure and widget: a bounded size, a static twin, and controls that do something when Python sets them."""
+
+import inspect
+import json
+import pkgutil
+import struct
+import zlib
+from importlib import import_module
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import medlib.explore
+from medlib.explore import (
+    embedding_explorer,
+    live_curves,
+    loss_explorer,
+    loss_slider,
+    nearest,
+    pixels,
+    project,
+    show,
+    slice_grid,
+    training_curves,
+    volume_viewer,
+)
+from medlib.explore.style import TEMPLATE, WIDTH
+from medlib.rng import numpy_generator
+
+page = import_module("medlib.explore.show")  # the module: the package's own `show` is the function
+CLASSES, COLOURS = ("background", "RV", "MYO", "LV"), ("#00000000", "#0072B2", "#009E73", "#D55E00")
+
+
+@pytest.fixture
+def displayed(monkeypatch) -> list[tuple[dict, dict]]:
+    """What went to the page, in a process without a browser."""
+    monkeypatch.setenv("MEDLIB_PNG", "0")
+    sent: list[tuple[dict, dict]] = []
+
+    def display(bundle: dict, metadata: dict | None = None, raw: bool = False) -> None:
+        assert raw
+        sent.append((bundle, metadata or {}))
+
+    monkeypatch.setattr(page, "display", display)
+    monkeypatch.setattr("medlib.explore.curves.display", display)
+    return sent
+
+
+def heart() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ten noisy slices of rings that shrink, with a label and a prediction that is shifted by two pixels."""
+    y, x = np.mgrid[:128, :128]
+    radius = np.hypot(y - 64, x - 70)[None] * np.linspace(1, 2, 10)[:, None, None]
+    label = np.select([radius < 14, radius < 22, (radius < 34) & (x < 60)], [3, 2, 1], 0).astype(np.uint8)
+    image = np.choose(label, [0.2, 0.8, 0.3, 0.9]) + numpy_generator(0, "noise").normal(0, 0.1, label.shape)
+    return image.astype(np.float32), label, np.roll(label, 2, axis=2)
+
+
+def cloud() -> tuple[dict[str, np.ndarray], np.ndarray, list[str], np.ndarray]:
+    positions = np.tile(np.arange(1, 9) / 8, 5)
+    rng = numpy_generator(0, "cloud")
+    line = positions[:, None] * rng.normal(size=(1, 12)) * 3 + rng.normal(size=(40, 12))
+    patients = [f"patient{i // 8:03d}" for i in range(40)]
+    return {"noise": rng.normal(size=(40, 12)), "line": line}, positions, patients, rng.integers(0, 255, (40, 32, 32), np.uint8)
+
+
+def attraction(features: torch.Tensor, positions: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """A loss with a known slope: half the squared distance of the points from the origin, over the temperature."""
+    return features.square().sum() / (2 * temperature)
+
+
+def json_size(figure) -> int:
+    return len(figure.to_json())
+
+
+def history() -> list[dict]:
+    lines = [{"stage": "pretrain", "step": s, "time": 0.1, "lr": 1e-3, "relational": 2 / (s + 1)} for s in range(3000)]
+    lines += [{"stage": "finetune", "step": s, "time": 0.1, "dice": 1 / (s + 1)} for s in range(50)]
+    return [*lines, *({"stage": "finetune", "step": s, "val_dice": {"RV": 0.2, "MYO": 0.5, "LV": 0.8}} for s in (10, 40))]
+
+
+def test_png_is_lossless_with_and_without_palette():
+    few = np.zeros((5, 7, 4), np.uint8)
+    few[2:, 3:] = (10, 20, 30, 128)
+    many = numpy_generator(0, "pixels").integers(0, 255, (40, 30, 3), np.uint8)
+    for picture, colour_type in ((few, 3), (many, 2)):
+        png = pixels.encode_png(picture)
+        chunks, at = {}, 8
+        while at < len(png):
+            length, kind = struct.unpack(">I4s", png[at : at + 8])
+            chunks[kind] = png[at + 8 : at + 8 + length]
+            assert struct.unpack(">I", png[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + chunks[kind])
+            at += 12 + length
+        width, height, _, found, *_ = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+        rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)[:, 1:]
+        assert (height, width, found) == (*picture.shape[:2], colour_type)
+        if colour_type == 3:
+            palette = np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(-1, 3)
+            alpha = np.frombuffer(chunks[b"tRNS"], np.uint8)
+            np.testing.assert_array_equal(np.dstack([palette[rows], alpha[rows]]), picture)
+        else:
+            np.testing.assert_array_equal(rows.reshape(picture.shape), picture)
+
+
+def test_disagreement_is_where_the_maps_differ():
+    label, prediction = np.array([[0, 1, 1, 0]]), np.array([[0, 1, 2, 3]])
+    layer = pixels.disagreement_overlay(label, prediction, COLOURS)
+    assert [tuple(layer[0, i, :3]) == pixels.rgb("#E5007D") for i in range(4)] == [False, False, True, True]
+    assert layer[0, 0, 3] == 0
+
+
+def test_focus_holds_the_structures_and_a_margin():
+    maps = np.zeros((2, 100, 80), int)
+    maps[0, 40:50, 20:30], maps[1, 45:60, 25:30] = 1, 2
+    assert pixels.focus(maps) == (slice(30, 70), slice(10, 40))
+    assert pixels.focus(maps * 0) == (slice(0, 100), slice(0, 80))
+
+
+def test_montage_is_small_and_checks_its_input():
+    image, label, prediction = heart()
+    figure = slice_grid(image[:6], label[:6], prediction[:6], [str(i) for i in range(6)], CLASSES, COLOURS)
+    assert len(figure.layout.images) == 24
+    assert figure.layout.template.layout.width == WIDTH and TEMPLATE == "medlib"
+    assert json_size(figure) < 250_000
+    assert len(slice_grid(image).layout.images) == 10
+    with pytest.raises(ValueError, match="labels must have the shape"):
+        slice_grid(image, label[:3], classes=CLASSES, colours=COLOURS)
+    with pytest.raises(ValueError, match="label value 3 has no class"):
+        slice_grid(image, label, classes=CLASSES[:2], colours=COLOURS[:2])
+
+
+def test_volume_viewer_follows_its_controls():
+    image, label, prediction = heart()
+    viewer = volume_viewer(image, label, prediction, (10, 1.5, 1.5), CLASSES, COLOURS)
+    figure = viewer.figures["volume"]
+    before = [picture.source for picture in figure.layout.images]
+    viewer.controls["slice"].value = 2
+    assert all(picture.source != old for picture, old in zip(figure.layout.images, before, strict=True))
+    assert "slice 2 of 10, position 0.20" in figure.layout.title.text
+    assert figure.layout.shapes[0].y0 == 2
+    tinted = figure.layout.images[2].source
+    viewer.controls["overlay"].value = "label"
+    assert figure.layout.images[2].source != tinted
+    viewer.controls["opacity"].value = 0.25
+    assert figure.layout.images[2].opacity == 0.25
+    area = next(t for t in figure.data if t.name == "LV, label")
+    assert area.x[0] == pytest.approx((label[0] == 3).sum() * 0.0225, abs=0.01)
+    area._dispatch_on_click(SimpleNamespace(point_inds=[6]), None)
+    assert viewer.controls["slice"].value == 7
+    assert json_size(viewer.twin) < 250_000
+    assert "overlay" not in volume_viewer(image).controls
+
+
+def test_training_curves_thin_long_histories():
+    figure = training_curves(history())
+    assert max(len(trace.x) for trace in figure.data if trace.x is not None) <= 400
+    assert json_size(figure) < 100_000
+    assert {trace.name for trace in figure.data} == {"relational", "dice", "RV", "MYO", "LV", "mean"}
+    assert any("best mean 0.500 at step 10" in (a.text or "") for a in figure.layout.annotations)
+    with pytest.raises(ValueError, match="history is empty"):
+        training_curves([])
+
+
+def test_live_curves_draw_while_running_and_end_as_a_picture(displayed):
+    curves = live_curves(["relational", "dice"], interval=0.0)
+    curves.update("pretrain", 1, {"relational": torch.tensor(2.0)})
+    curves.update("pretrain", 2, {"relational": 1.0})
+    curves.update("finetune", 3, {"dice": 0.5, "val_dice": {"LV": 0.5}})
+    assert curves.figure is not None
+    assert [list(trace.x) for trace in curves.figure.data] == [[1, 2], [5]]  # stages follow each other
+    assert "finetune, step 3" in curves.figure.layout.title.text
+    curves.finish()
+    assert "application/vnd.jupyter.widget-view+json" in displayed[0][0]
+    assert "application/vnd.plotly.v1+json" in displayed[1][0]
+    assert len(displayed) == 2
+    with pytest.raises(ValueError, match="nothing was logged"):
+        live_curves(["a"]).finish()
+
+
+def test_projections_are_repeatable_and_centred():
+    features = cloud()[0]["line"]
+    for kind in ("PCA", "t-SNE"):
+        plane = project(features, kind)
+        np.testing.assert_array_equal(plane, project(features, kind))
+        assert plane.shape == (40, 2) and np.abs(plane).max() == pytest.approx(1)
+    with pytest.raises(ValueError, match="UMAP"):
+        project(features, "UMAP")
+
+
+def test_nearest_is_by_angle_and_leaves_the_point_out():
+    angles = np.radians([0, 10, 40, 90, 180])
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.array([[1], [9], [1], [5], [1]])
+    assert nearest(features, 0, 3).tolist() == [1, 2, 3]
+    assert len(nearest(features, 0, 10)) == 4
+
+
+def test_embedding_explorer_follows_clicks_and_menus():
+    methods, positions, patients, thumbnails = cloud()
+    explorer = embedding_explorer(methods, positions, patients, thumbnails, groups=["ED", "ES"] * 20, projection="PCA")
+    figure, controls = explorer.figures["embedding"], explorer.controls
+    figure.data[1]._dispatch_on_click(SimpleNamespace(point_inds=[11]), None)
+    assert controls["point"].value == 11
+    assert "patient001" in controls["strip"].value and controls["strip"].value.count("<img") == 14
+    plane = project(methods["line"].astype(np.float32), "PCA")
+    np.testing.assert_array_equal(figure.data[4].x, plane[nearest(methods["line"].astype(np.float32), 11), 0])
+    controls["colour"].value = "patient"
+    assert len(set(figure.data[0].marker.color)) == 5 and figure.layout.coloraxis.showscale is False
+    controls["colour"].value = "position"
+    assert figure.data[0].marker.color[0] == pytest.approx(0.125) and figure.layout.coloraxis.showscale
+    before = np.array(figure.data[0].x)
+    controls["projection"].value = "t-SNE"
+    assert not np.array_equal(before, figure.data[0].x)
+    assert "rank correlation" in explorer.twin.layout.annotations[2].text
+    assert json_size(explorer.twin) < 60_000
+    three = embedding_explorer({**methods, "twice": methods["line"] * 2}, positions, patients, thumbnails, projection="PCA")
+    three.controls["left"].value = "twice"
+    assert "twice" in three.figures["embedding"].layout.annotations[0].text
+    with pytest.raises(ValueError, match="lengths differ"):
+        embedding_explorer(methods, positions[:-1], patients, thumbnails)
+
+
+def test_loss_explorer_moves_points_and_draws_the_slope():
+    explorer = loss_explorer(attraction, np.array([[1.0, 0], [0, 0.5]]), [0, 1], {"temperature": (0.5, 2, 1)})
+    figure, controls = explorer.figures["loss"], explorer.controls
+    assert "loss 0.625" in figure.layout.title.text
+    arrow = figure.layout.annotations[0]
+    assert arrow.x < arrow.ax < 1 and arrow.y == pytest.approx(0)  # towards the origin
+    controls["temperature"].value = 2.0
+    assert "loss 0.312" in figure.layout.title.text
+    controls["angle"].value = 90.0
+    assert (figure.data[1].x[0], figure.data[1].y[0]) == (pytest.approx(0, abs=1e-12), pytest.approx(1))
+    figure.data[1]._dispatch_on_click(SimpleNamespace(point_inds=[1]), None)
+    assert controls["point"].value == 1 and controls["angle"].value == pytest.approx(90)
+    assert controls["radius"].value == pytest.approx(0.5)
+    assert (figure.data[1].x[0], figure.data[1].y[0]) == (pytest.approx(0, abs=1e-12), pytest.approx(1))  # A stayed
+    assert np.ptp(figure.data[2].y) == pytest.approx(0, abs=1e-4)  # turning does not change the distance
+    assert json_size(explorer.twin) < 30_000
+    with pytest.raises(ValueError, match="N <= 8"):
+        loss_explorer(attraction, np.ones((9, 2)), [0.0] * 9)
+
+
+def test_loss_slider_redraws():
+    explorer = loss_slider(lambda slope: {"line": ([0, 1], [0, slope])}, {"slope": (0, 4, 1)}, title="t", x_title="x", y_title="y")
+    explorer.controls["slope"].value = 3.0
+    assert list(explorer.figures["curves"].data[0].y) == [0, 3]
+    assert list(explorer.twin.data[0].y) == [0, 1]
+
+
+def test_without_a_browser_text_and_figure_remain(displayed):
+    show(training_curves(history()), alt="Loss falls.")
+    bundle, metadata = displayed[0]
+    assert set(bundle) == {"application/vnd.plotly.v1+json", "text/plain"} and bundle["text/plain"] == "Loss falls."
+    assert metadata == {}
+    json.dumps(bundle)
+    loss_slider(lambda a: {"l": ([0], [a])}, {"a": (0, 1, 0)}, title="t", x_title="x", y_title="y")._ipython_display_()
+    assert set(displayed[1][0]) == {"application/vnd.jupyter.widget-view+json", "text/plain"}
+    with pytest.raises(ValueError, match="alt must be a sentence"):
+        show(training_curves(history()), alt=" ")
+
+
+def test_a_browser_that_fails_is_asked_once(monkeypatch):
+    monkeypatch.delenv("MEDLIB_PNG", raising=False)
+    calls = []
+    monkeypatch.setattr(page, "_browser", [])
+    monkeypatch.setattr(page, "_start_browser", lambda: True)
+    monkeypatch.setattr(page, "_draw", lambda *a: calls.append(a) or (_ for _ in ()).throw(RuntimeError("no sandbox")))
+    figure = training_curves(history())
+    assert page.picture(figure) is None and page.picture(figure) is None
+    assert len(calls) == 1
+
+
+def test_picture_is_within_the_limit():
+    if not page.browser_found():
+        pytest.skip("no Chromium or Chrome here: figures go without a picture")
+    image, label, prediction = heart()
+    png = page.picture(slice_grid(image[:6], label[:6], prediction[:6], None, CLASSES, COLOURS))
+    assert png is not None and png.startswith(b"\x89PNG") and len(png) <= page.PNG_LIMIT
+
+
+def test_nothing_here_hangs_a_headless_run():
+    for module in pkgutil.iter_modules(medlib.explore.__path__):
+        source = inspect.getsource(import_module(f"medlib.explore.{module.name}"))
+        assert "interact" not in source.replace("interactive where", "") and "Output(" not in source, module.name
