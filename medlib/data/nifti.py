@@ -1,5 +1,6 @@
 """Reading NIfTI files: errors that say what to do, and arrays turned into one orientation by the affine."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import nibabel
@@ -32,10 +33,18 @@ def open_nifti(path: Path, dimensions: int) -> nibabel.Nifti1Image:
 
 def read_voxels(image: nibabel.Nifti1Image, path: Path, frame: int | None = None) -> np.ndarray:
     """The voxels of an opened file, (X, Y, Z) in the file's own order; `frame` picks one of a 4D file."""
+    if frame is not None:
+        return _read_all_frames(path, path.stat().st_mtime_ns)[..., frame]
     try:
-        return np.asanyarray(image.dataobj if frame is None else image.dataobj[..., frame])
+        return np.asanyarray(image.dataobj)
     except Exception as error:
         raise DataError(f"{path} is cut off or damaged ({error}): download or unpack it again") from error
+
+
+@lru_cache(maxsize=2)
+def _read_all_frames(path: Path, stamp: int) -> np.ndarray:
+    """A whole 4D file. The last two are kept: the frames of one are asked for in a row, and gzip cannot skip to one."""
+    return read_voxels(open_nifti(path, 4), path)
 
 
 def directions(image: nibabel.Nifti1Image, path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
