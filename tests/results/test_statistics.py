@@ -107,9 +107,9 @@ def test_numbers_that_one_method_lacks_are_left_out_for_both():
 
 def test_ten_thousand_resamples_take_well_under_a_second():
     first, second = frame(noise(1, 100)), frame(noise(2, 100))
-    start = time.perf_counter()
+    start = time.process_time()
     paired_bootstrap(first, second)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_wilcoxon_is_scipys_on_one_number_per_patient():
