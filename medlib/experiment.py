@@ -1,5 +1,6 @@
 """From a name and a folder to a measured result: read, split, prepare, train, evaluate, record."""
 
+import copy
 import dataclasses
 import os
 import time
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from medlib.data import Case, dataset_info
-from medlib.data.batches import TrainingData
+from medlib.data.batches import Slices, TrainingData
 from medlib.data.prepare import Prepared, prepare
 from medlib.data.splits import Split
 from medlib.evaluate import Evaluation, evaluate
@@ -65,16 +66,14 @@ def prepared_dice(volumes: Sequence[Prepared], names: Sequence[str], device: tor
             volume = torch.zeros(len(volumes), 3, device=device).index_add_(0, owner, counts)
             there = volume[:, 2] > 0
             dice.append((2 * volume[there, 0] / volume[there, 1:].sum(dim=1)).mean())
-        values = torch.stack(dice).tolist()
-        named = dict(zip((names[c] for c in classes), values, strict=True))
-        return {**named, "mean": sum(values) / len(values)}
+        return dict(zip((names[c] for c in classes), torch.stack(dice).tolist(), strict=True))
 
     return validate
 
 
 @dataclass
 class Outcome:
-    """A trained and measured method. ``test`` is None where the data hold no labelled test scan, or it was not opened."""
+    """A trained and measured method. ``test`` is None where it was not opened or the data hold no labelled test scan."""
 
     method: Method
     data: TrainingData
@@ -120,6 +119,48 @@ class Outcome:
             test=self.test,
             missing=missing,
         )
+
+
+@dataclass(frozen=True)
+class SliceEmbeddings:
+    """What a network makes of N slices, and which slices they are.
+
+    ``features`` (N, D); ``positions`` (N,) in (0, 1]; ``patients`` and ``cases``, N names; ``images`` (N, S, S).
+    """
+
+    features: np.ndarray
+    positions: np.ndarray
+    patients: tuple[str, ...]
+    cases: tuple[str, ...]
+    images: np.ndarray
+
+
+def embed_slices(
+    outcome: Outcome, volumes: Sequence[Prepared], *, stage: str | None = None, head: bool = True
+) -> SliceEmbeddings:
+    """Every slice of ``volumes`` through the encoder of ``outcome``, whose method must have ``embed``.
+
+    Args:
+        stage: take the networks as they were at the end of that stage ("pretrain"); None: as they are now.
+        head: with the projection head, where the method has one; else the encoder's pooled output.
+    """
+    networks = outcome.trained.networks
+    if stage is not None:
+        networks = copy.deepcopy(networks)
+        networks.load_state_dict(outcome.trained.state(stage))
+    device = next(networks.parameters()).device
+    slices = Slices.of(volumes, (), "cpu")
+    embed = outcome.method.embed  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        chunks = slices.images.float().unsqueeze(1).split(32)
+        features = torch.cat([embed(networks, chunk.to(device), head=head).float().cpu() for chunk in chunks])
+    return SliceEmbeddings(
+        features=features.numpy(),
+        positions=slices.positions.numpy(),
+        patients=tuple(slices.patients[i] for i in slices.patient.tolist()),
+        cases=tuple(slices.cases[i] for i in slices.volume.tolist()),
+        images=slices.images.float().numpy(),
+    )
 
 
 def run(

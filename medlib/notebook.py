@@ -1,10 +1,15 @@
-"""What every notebook begins with, and how its exercises are checked.
+"""What every notebook begins with, how it trains, and how its exercises are checked.
 
-``start`` turns the parameters cell into a frozen ``Session``; ``check`` compares an exercise's answer with a reference.
+``start`` turns the parameters cell into a frozen ``Session``, which reads the data and runs methods on them;
+``show_source`` prints a definition from the library; ``check`` compares an exercise's answer with a reference.
 """
 
 import copy
+import hashlib
+import inspect
+import json
 import os
+import shlex
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from IPython.display import Markdown
 
-from medlib import data
+from medlib import data, experiment
+from medlib.data.batches import TrainingData
+from medlib.data.splits import split_cases
+from medlib.methods import Method
 from medlib.paths import DATA, resolve
+from medlib.results.records import SUFFIX
 from medlib.runner import unknown_parameters
+from medlib.train import Callback
 
 SCALES = ("ci", "laptop", "paper")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -55,7 +66,7 @@ FIXED: Mapping[str, Rule] = {
 class Session:
     """The parameters of a notebook, validated: paths absolute, device chosen, scale as the environment wants it.
 
-    ``data_root`` is None for phantoms; ``own`` holds the notebook's own switches by name.
+    ``data_root`` is None for phantoms; ``own`` holds the notebook's own switches by name; ``notebook`` is its name.
     """
 
     dataset: str
@@ -66,11 +77,17 @@ class Session:
     device: str
     output_dir: Path
     own: Mapping[str, object]
+    notebook: str = ""
 
     @property
     def phantom(self) -> bool:
         """Whether the patients are drawn rather than read."""
         return self.data_root is None
+
+    @property
+    def source(self) -> str:
+        """What the pictures show, for their titles: "phantom", or the name of the data set."""
+        return "phantom" if self.phantom else data.dataset_info(self.dataset).title
 
     def cases(self) -> list[data.Case]:
         """The scans on disk; phantoms are drawn on first use into ``data/phantoms/`` and found there afterwards."""
@@ -80,6 +97,41 @@ class Session:
             root = data.write_phantoms(self.dataset, DATA / "phantoms" / f"{self.dataset}-{patients}", patients, seed=0)
         return data.read_dataset(self.dataset, root)
 
+    def data(self, method: Method) -> TrainingData:
+        """The scans prepared for ``method`` and split by patient; the split does not depend on ``seed``."""
+        cases = self.cases()
+        return experiment.load(cases, split_cases(self.dataset, cases, self.ratio, seed=0), method, progress=False)
+
+    def run(self, method: Method, data: TrainingData, callback: Callback | None = None) -> experiment.Outcome:
+        """Train ``method``, measure it on validation and test, and leave a record in ``output_dir/records``.
+
+        A stage that was trained before with the same inputs is taken from its checkpoint; the same run writes the same
+        file.
+        """
+        outcome = experiment.run(
+            method,
+            data,
+            seed=self.seed,
+            output_dir=self.output_dir,
+            device=self.device,
+            open_test=True,
+            progress=False,
+            callback=callback,
+        )
+        record = outcome.record(scale=self.scale, root=self.data_root, command=self.command())
+        facts = json.dumps([record.to_dict()[name] for name in ("settings", "split", "data")], sort_keys=True)
+        digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
+        name = f"{method.name}-{self.scale}-{len(data.split.labelled)}p-s{self.seed}-{digest}{SUFFIX}"
+        record.save(self.output_dir / "records" / name)
+        return outcome
+
+    def command(self) -> str:
+        """The command that repeats the notebook."""
+        values = {name: getattr(self, name) for name in FIXED if name not in ("data_root", "output_dir", "device")}
+        values |= {"data_root": self.data_root or PHANTOM, **self.own}
+        pairs = [word for name, value in values.items() for word in ("-p", name, str(value))]
+        return shlex.join(["python", "-m", "medlib", "run", self.notebook, *pairs])
+
     def __repr__(self) -> str:
         """The same text on every machine and at every scale, so that it may stand in a committed notebook."""
         source = "phantom patients" if self.phantom else "real patients"
@@ -87,10 +139,11 @@ class Session:
         return f"Session({self.dataset}, {source}, ratio={self.ratio:g}, seed={self.seed}{own})"
 
 
-def start(namespace: dict[str, object], own: Sequence[str] = ()) -> Session:
+def start(namespace: dict[str, object], own: Sequence[str] = (), notebook: str = "") -> Session:
     """The session that the parameters in ``namespace`` (a notebook's ``globals()``) describe.
 
-    ``own`` names the notebook's parameters beyond ``FIXED``. The environment variable MEDLIB_SCALE overrides ``scale``.
+    ``own`` names the notebook's parameters beyond ``FIXED``; ``notebook`` is its name, for the records of its runs.
+    The environment variable MEDLIB_SCALE overrides ``scale``.
     Raises KeyError for a parameter that is missing and for one that nobody knows: any other public variable that is
     there when a kernel calls this for the first time (later there are many, and they are results). ValueError for a
     value out of range or a device that this machine lacks.
@@ -113,6 +166,7 @@ def start(namespace: dict[str, object], own: Sequence[str] = ()) -> Session:
         device=pick_device(values["device"]),
         output_dir=resolve(values["output_dir"]),
         own={name: namespace[name] for name in own},
+        notebook=notebook,
     )
     session.output_dir.mkdir(parents=True, exist_ok=True)
     namespace["_medlib_started"] = True
@@ -137,6 +191,11 @@ def pick_device(name: str) -> str:
         there = ", ".join(device for device, usable in available.items() if usable)
         raise ValueError(f"device {name!r} is not available here (there is: {there}); 'auto' takes the best there is")
     return name
+
+
+def show_source(function: Callable[..., Any]) -> Markdown:
+    """The library's text of ``function``, to read where it is explained."""
+    return Markdown(f"```python\n{inspect.getsource(function).rstrip()}\n```")
 
 
 @dataclass(frozen=True)

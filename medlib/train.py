@@ -32,7 +32,7 @@ CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 FORMAT = 1  # of checkpoints; part of every stage's key, so that old ones are never read as new
 
-Callback = Callable[[str, int, Mapping[str, float]], None]
+Callback = Callable[[str, int, Mapping[str, Any]], None]
 Validate = Callable[[Callable[[Tensor], Tensor]], Mapping[str, float]]
 
 
@@ -71,6 +71,13 @@ class Trained:
     networks: nn.ModuleDict
     stages: list[StageResult]
 
+    def state(self, stage: str) -> dict[str, Tensor]:
+        """The weights at the end of ``stage``, for ``networks.load_state_dict``. ValueError: no such stage."""
+        for result in self.stages:
+            if result.name == stage:
+                return torch.load(result.folder / CHECKPOINT, map_location="cpu", weights_only=True)["networks"]
+        raise ValueError(f"there is no stage {stage!r}; there are {', '.join(result.name for result in self.stages)}")
+
 
 def make_fabric(device: str = "auto", devices: int | str = 1, precision: str | None = None) -> Fabric:
     """Fabric for ``device`` ("auto", "cpu", "cuda", "mps"); bf16 autocast on a GPU that has it, float32 elsewhere."""
@@ -108,7 +115,8 @@ def train(
         validate: called with a function images -> probabilities in stages that use labels; returns named numbers.
         validate_every: steps between validations; default a quarter of the stage.
         log_every: steps between lines of the metrics file; the only moments at which the host waits for the device.
-        callback: called as ``callback(stage, step, terms)`` at every such line.
+        callback: called as ``callback(stage, step, terms)`` at every such line; after a validation with one term,
+            ``val_dice``, that maps names to numbers.
 
     Raises:
         NonFiniteLoss: a term is infinite or not a number.
@@ -231,7 +239,7 @@ class _Loop:
         self._check_finite(finite)
         numbers = torch.stack([term.detach().float() for term in terms.values()]).tolist()  # one wait for all terms
         values = dict(zip(terms, numbers, strict=True))
-        self._append({"seconds": round(self.seconds, 3), "lr": rate, **values})
+        self._append({"time": round(self.seconds, 3), "lr": rate, **values})
         if self.callback is not None:
             self.callback(self.stage.name, self.step, values)
         return values
@@ -258,9 +266,9 @@ class _Loop:
                 return self.method.predict(self.networks, images.to(self.fabric.device)).float()
 
         numbers = dict(self.validate(predict))
-        self._append({"seconds": round(self.seconds, 3), "validation": numbers})
+        self._append({"time": round(self.seconds, 3), "val_dice": numbers})
         if self.callback is not None:
-            self.callback(self.stage.name, self.step, {f"validation {name}": value for name, value in numbers.items()})
+            self.callback(self.stage.name, self.step, {"val_dice": numbers})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if self.fabric.is_global_zero:
@@ -272,10 +280,7 @@ class _Loop:
         if self.callback is None:
             return
         for line in StageResult(self.stage.name, "", self.folder, 0, 0.0, True).history():
-            if "validation" in line:
-                terms = {f"validation {name}": value for name, value in line["validation"].items()}
-            else:
-                terms = {name: value for name, value in line.items() if name not in ("stage", "step", "seconds", "lr")}
+            terms = {name: value for name, value in line.items() if name not in ("stage", "step", "time", "lr")}
             self.callback(self.stage.name, line["step"], terms)
 
     def _save(self) -> None:

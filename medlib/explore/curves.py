@@ -1,5 +1,6 @@
 """Training as curves: from a finished history, and live while it runs."""
 
+import base64
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import plotly.graph_objects as go
 from IPython.display import display
 from plotly.subplots import make_subplots
 
+from medlib.explore.pixels import encode_png
 from medlib.explore.show import show
 from medlib.explore.style import INK, MUTED, SERIES, TEMPLATE, method_colours
 
@@ -44,7 +46,8 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
     """Loss terms and validation Dice over the steps, one column per stage.
 
     history: the lines of ``metrics.jsonl``: ``{"stage", "step", "<term>": float, ...}`` and
-    ``{"stage", "step", "val_dice": {class: Dice}}``. Faint: as logged. Strong: smoothed; for Dice the mean over classes.
+    ``{"stage", "step", "val_dice": {class: Dice}}``. Faint: as logged. Strong: smoothed; for Dice the mean over
+    classes.
     """
     if not history:
         raise ValueError("history is empty: no step has been logged")
@@ -56,8 +59,15 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
     specs: list[list[dict | None]] = [[{"rowspan": rows if not c else 1} for c in checked]]
     if rows == 2:
         specs.append([{} if c else None for c in checked])
-    figure = make_subplots(rows, len(stages), specs=specs, column_titles=stages, horizontal_spacing=0.13, vertical_spacing=0.1,
-                           row_heights=[0.55, 0.45] if rows == 2 else None)  # fmt: skip
+    figure = make_subplots(
+        rows,
+        len(stages),
+        specs=specs,
+        column_titles=stages,
+        horizontal_spacing=0.13,
+        vertical_spacing=0.1,
+        row_heights=[0.55, 0.45] if rows == 2 else None,
+    )
     for column, (stage, has_dice) in enumerate(zip(stages, checked, strict=True), start=1):
         lines = [line for line in history if line["stage"] == stage]
         end = max(line["step"] for line in lines)
@@ -67,8 +77,14 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
                 continue
             x, y = _thin(*zip(*logged, strict=True))
             common = {"x": x, "legendgroup": name, "name": name, "mode": "lines"}
-            faint = go.Scatter(**common, y=y, line={"color": colours[name], "width": 1}, opacity=0.25, showlegend=False,
-                               hoverinfo="skip")  # fmt: skip
+            faint = go.Scatter(
+                **common,
+                y=y,
+                line={"color": colours[name], "width": 1},
+                opacity=0.25,
+                showlegend=False,
+                hoverinfo="skip",
+            )
             first = not any(trace.name == name and trace.showlegend for trace in figure.data)
             strong = go.Scatter(**common, y=_smooth(y), line={"color": colours[name], "width": 2.2}, showlegend=first)
             figure.add_traces([faint, strong], rows=1, cols=column)
@@ -78,10 +94,19 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
             _dice(figure, [line for line in lines if "val_dice" in line], column, end)
         figure.update_xaxes(title_text="step", row=2 if has_dice else 1, col=column)
     figure.update_layout(
-        template=TEMPLATE, title=title, height=520 if rows == 2 else 340, margin={"t": 88, "r": 46},
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1 - 22 / (520 if rows == 2 else 340), "yref": "container",
-                "yanchor": "top"},
-    )  # fmt: skip
+        template=TEMPLATE,
+        title=title,
+        height=520 if rows == 2 else 340,
+        margin={"t": 88, "r": 46},
+        legend={
+            "orientation": "h",
+            "x": 1,
+            "xanchor": "right",
+            "y": 1 - 22 / (520 if rows == 2 else 340),
+            "yref": "container",
+            "yanchor": "top",
+        },
+    )
     return figure
 
 
@@ -93,18 +118,50 @@ def _dice(figure: go.Figure, checks: list[Mapping[str, Any]], column: int, end: 
     for structure in checks[0]["val_dice"]:
         dice = [round(float(line["val_dice"][structure]), 4) for line in checks]
         ends[structure] = dice[-1]
-        figure.add_trace(go.Scatter(x=steps, y=dice, name=structure, mode="lines", showlegend=False,
-                                    line={"color": MUTED, "width": 1.2}, opacity=0.7), row=2, col=column)  # fmt: skip
+        figure.add_trace(
+            go.Scatter(
+                x=steps,
+                y=dice,
+                name=structure,
+                mode="lines",
+                showlegend=False,
+                line={"color": MUTED, "width": 1.2},
+                opacity=0.7,
+            ),
+            row=2,
+            col=column,
+        )
     height = -1.0
     for structure, last in sorted(ends.items(), key=lambda item: item[1]):
         height = max(last, height + 0.075)  # names of curves that end close to each other move apart
-        figure.add_annotation(x=steps[-1], y=height, text=structure, xanchor="left", xshift=6, row=2, col=column,
-                              font={"size": 11})  # fmt: skip
+        figure.add_annotation(
+            x=steps[-1], y=height, text=structure, xanchor="left", xshift=6, row=2, col=column, font={"size": 11}
+        )
     best = int(np.nanargmax(mean))
-    figure.add_trace(go.Scatter(x=steps, y=mean, name="mean", mode="lines+markers", showlegend=False,
-                                line={"color": INK, "width": 2.4}, marker={"size": 6}), row=2, col=column)  # fmt: skip
-    figure.add_annotation(x=0.98, y=0.02, xref="x domain", yref="y domain", xanchor="right", yanchor="bottom", row=2, col=column,
-                          text=f"best mean {mean[best]:.3f} at step {steps[best]}")  # fmt: skip
+    figure.add_trace(
+        go.Scatter(
+            x=steps,
+            y=mean,
+            name="mean",
+            mode="lines+markers",
+            showlegend=False,
+            line={"color": INK, "width": 2.4},
+            marker={"size": 6},
+        ),
+        row=2,
+        col=column,
+    )
+    figure.add_annotation(
+        x=0.98,
+        y=0.02,
+        xref="x domain",
+        yref="y domain",
+        xanchor="right",
+        yanchor="bottom",
+        row=2,
+        col=column,
+        text=f"best mean {mean[best]:.3f} at step {steps[best]}",
+    )
     figure.update_xaxes(range=[0, end * 1.1], row=2, col=column)
     figure.update_xaxes(range=[0, end * 1.1], row=1, col=column)
     figure.update_yaxes(title_text="validation Dice", range=[0, 1.02], row=2, col=column)
@@ -113,9 +170,9 @@ def _dice(figure: go.Figure, checks: list[Mapping[str, Any]], column: int, end: 
 class LiveCurves:
     """Curves that grow while a training runs; a static figure takes their place at the end.
 
-    Hand ``update`` to the training as its callback. The first call puts the figure on the page; later calls redraw it at
-    most every ``interval`` seconds, so a callback per step costs next to nothing. ``finish`` draws the last state with its
-    picture. Stages follow each other on one axis.
+    Hand ``update`` to the training as its callback. The first call puts the figure on the page; later calls redraw it
+    at most every ``interval`` seconds, so a callback per step costs next to nothing. ``finish`` draws the last state
+    with its picture. Stages follow each other on one axis.
     """
 
     def __init__(self, names: Sequence[str], *, title: str = "Training", interval: float = 1.0) -> None:
@@ -127,10 +184,14 @@ class LiveCurves:
         self._last = 0.0
 
     def update(self, stage: str, step: int, terms: Mapping[str, Any]) -> None:
-        """Log one line: ``terms`` maps names to numbers, and may hold ``val_dice``, a mapping of class to Dice."""
+        """Log one line: ``terms`` maps names to numbers, and may hold ``val_dice``, a mapping of class to Dice.
+
+        Terms that were not named at the start are left out.
+        """
         self._starts.setdefault(stage, self._last)
         self._last = self._starts[stage] + step
-        self.history.append({"stage": stage, "step": step, **{k: _plain(v) for k, v in terms.items()}})
+        wanted = (*self.names, "val_dice")
+        self.history.append({"stage": stage, "step": step, **{k: _plain(v) for k, v in terms.items() if k in wanted}})
         if self.figure is None:
             self._open()
         elif time.monotonic() - self._drawn >= self.interval:
@@ -144,24 +205,37 @@ class LiveCurves:
             self.figure.close()
             self.figure = None
         stages = ", ".join(self._starts)
-        show(training_curves(self.history, title=self.title), alt=f"{self.title}: loss terms over the steps of {stages}.")
+        show(
+            training_curves(self.history, title=self.title), alt=f"{self.title}: loss terms over the steps of {stages}."
+        )
 
     def _open(self) -> None:
-        traces = [go.Scatter(name=name, mode="lines", line={"color": SERIES[i % len(SERIES)], "width": 2}, x=[], y=[])
-                  for i, name in enumerate(self.names)]  # fmt: skip
-        layout = {"template": TEMPLATE, "title": self.title, "height": 300, "xaxis": {"title": "step"},
-                  "yaxis": {"title": "loss term"}, "showlegend": True}  # fmt: skip
+        traces = [
+            go.Scatter(name=name, mode="lines", line={"color": SERIES[i % len(SERIES)], "width": 2}, x=[], y=[])
+            for i, name in enumerate(self.names)
+        ]
+        layout = {
+            "template": TEMPLATE,
+            "title": self.title,
+            "height": 300,
+            "xaxis": {"title": "step"},
+            "yaxis": {"title": "loss term"},
+            "showlegend": True,
+        }
         self.figure = go.FigureWidget(traces, layout)
         self._draw()
         view = {"version_major": 2, "version_minor": 0, "model_id": self.figure.model_id}
         alt = f"{self.title}: curves drawn while the training ran; the finished ones follow."
-        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": alt}, raw=True)
+        nothing = base64.b64encode(encode_png(np.zeros((1, 1, 4), np.uint8))).decode()  # a static page shows the end
+        display({"application/vnd.jupyter.widget-view+json": view, "image/png": nothing, "text/plain": alt}, raw=True)
 
     def _draw(self) -> None:
         assert self.figure is not None
         with self.figure.batch_update():
             for trace in self.figure.data:
-                logged = [(self._starts[h["stage"]] + h["step"], h[trace.name]) for h in self.history if trace.name in h]
+                logged = [
+                    (self._starts[h["stage"]] + h["step"], h[trace.name]) for h in self.history if trace.name in h
+                ]
                 if logged:
                     trace.x, trace.y = _thin(*zip(*logged, strict=True))
             latest = self.history[-1]
