@@ -13,6 +13,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,29 +46,20 @@ def ordinal_loss_stepped(features: Tensor, positions: Tensor, direction: Tensor,
     return -cosine[ordered].sum() / (positions > positions[:, None]).sum()
 
 
-def whole(form: Callable[..., Tensor], n: int, chunk: int) -> Callable[..., float]:
-    """Forward and backward of a slow form over all anchors, ``chunk`` at a time; returns the loss."""
+def in_chunks(form: Callable[..., Tensor], n: int, chunk: int) -> Callable[..., float]:
+    """Forward and backward of a slow form over all n anchors, ``chunk`` at a time; returns the loss."""
 
     def run(*args: Tensor | float) -> float:
-        total = 0.0
-        for start in range(0, n, chunk):
-            share = form(*args, slice(start, start + chunk))
-            share.backward()
-            total += share.item()
-        return total
+        return sum(forward_backward(form, *args, slice(start, start + chunk)) for start in range(0, n, chunk))
 
     return run
 
 
-def fast(form: Callable[..., Tensor]) -> Callable[..., float]:
-    """Forward and backward of a form of the library; returns the loss."""
-
-    def run(*args: Tensor | float) -> float:
-        loss = form(*args)
-        loss.backward()
-        return loss.item()
-
-    return run
+def forward_backward(form: Callable[..., Tensor], *args: Tensor | float | slice) -> float:
+    """Forward and backward; returns the loss."""
+    loss = form(*args)
+    loss.backward()
+    return loss.item()
 
 
 def batch(n: int, dim: int = DIM) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,16 +69,14 @@ def batch(n: int, dim: int = DIM) -> tuple[Tensor, Tensor, Tensor]:
     return features, torch.rand(n, generator=generator), torch.randn(dim, generator=generator)
 
 
-def seconds(run: Callable[[], object], repeat: int) -> float:
-    """The fastest of ``repeat`` runs, after one that does not count if there is more than one."""
-    if repeat > 1:
-        run()
+def timed(run: Callable[[], float], repeat: int) -> tuple[float, float]:
+    """What ``run`` returns, and the seconds of the fastest of ``repeat`` runs."""
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
-        run()
+        value = run()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return value, min(times)
 
 
 def peak_megabytes(run: Callable[[], object]) -> float:
@@ -104,24 +94,22 @@ def peak_megabytes(run: Callable[[], object]) -> float:
 def compare(n: int, repeat: int, slow_repeat: int, chunk: int, dim: int = DIM) -> list[dict]:
     """One row per loss and form: loss, n, form, milliseconds, megabytes, and ratio (slow / fast, on the fast row)."""
     features, positions, direction = batch(n, dim)
-    in_chunks = "" if chunk >= n else f", {chunk} anchors at a time"
-    pairs = {
-        "relational": (relational_loss, relational_loss_cubed, "N x N x N", (features, positions, TEMPERATURE)),
-        "ordinal": (ordinal_loss, ordinal_loss_stepped, "N x N x D", (features, positions, direction)),
-    }
     rows = []
-    for loss, (form, slow_form, table, args) in pairs.items():
-        values, times = [], []
-        for name, run, times_run in (
-            (table + in_chunks, whole(slow_form, n, chunk), slow_repeat),
-            ("medlib", fast(form), repeat),
-        ):
-            values.append(run(*args))
-            times.append(seconds(lambda run=run, args=args: run(*args), times_run))
-            memory = peak_megabytes(lambda run=run, args=args: run(*args))
-            rows.append({"loss": loss, "n": n, "form": name, "milliseconds": 1e3 * times[-1], "megabytes": memory})
-        torch.testing.assert_close(torch.tensor(values[1]), torch.tensor(values[0]), rtol=1e-4, atol=1e-5)
-        rows[-1]["ratio"] = times[0] / times[1]
+    for loss, form, slow_form, table, args in (
+        ("relational", relational_loss, relational_loss_cubed, "N x N x N", (features, positions, TEMPERATURE)),
+        ("ordinal", ordinal_loss, ordinal_loss_stepped, "N x N x D", (features, positions, direction)),
+    ):
+        slow, fast = partial(in_chunks(slow_form, n, chunk), *args), partial(forward_backward, form, *args)
+        expected, slow_seconds = timed(slow, slow_repeat)
+        value, fast_seconds = timed(fast, repeat)
+        torch.testing.assert_close(torch.tensor(value), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+        one_chunk = partial(forward_backward, slow_form, *args, slice(0, chunk))  # the chunks follow one another
+        table += "" if chunk >= n else f", {chunk} anchors at a time"
+        rows += [
+            {"loss": loss, "n": n, "form": table, "seconds": slow_seconds, "megabytes": peak_megabytes(one_chunk)},
+            {"loss": loss, "n": n, "form": "medlib", "seconds": fast_seconds, "megabytes": peak_megabytes(fast),
+             "ratio": slow_seconds / fast_seconds},
+        ]  # fmt: skip
     return rows
 
 
@@ -131,9 +119,8 @@ def main() -> None:
     for n, repeat, slow_repeat, chunk in ((64, 50, 50, 64), (256, 20, 3, 256), (1024, 5, 1, 16)):
         for row in compare(n, repeat, slow_repeat, chunk):
             ratio = f"{row['ratio']:.0f} x" if "ratio" in row else ""
-            print(
-                f"{row['loss']:<11}{n:>5}  {row['form']:<30}{row['milliseconds']:>10.2f}{row['megabytes']:>10.1f}{ratio:>8}"
-            )
+            what = f"{row['loss']:<11}{n:>5}  {row['form']:<30}"
+            print(f"{what}{1e3 * row['seconds']:>10.2f}{row['megabytes']:>10.1f}{ratio:>8}", flush=True)
 
 
 if __name__ == "__main__":
