@@ -315,7 +315,7 @@ def test_signal_is_that_of_cine_mri_and_thresholds_do_not_solve_it(drawn):
         blood_over_muscle.append(blood / muscle)
         low = np.percentile(image[label == LV], 10)
         overlap.append((image[label == 0] > low).sum() / (label == LV).sum())
-    assert min(blood_over_muscle) > 1.3
+    assert min(blood_over_muscle) > 1.1 and np.median(blood_over_muscle) > 1.8
     assert np.median(overlap) > 1  # more background than LV is as bright as the LV
 
 

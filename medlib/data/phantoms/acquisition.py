@@ -31,15 +31,14 @@ def scan(
 ) -> np.ndarray:
     """What the scanner stores for `signal` (..., H, W), where blood is 1: int16 of the same shape.
 
-    The receive field (H, W) multiplies the signal; complex noise of `sigma` (share of blood) is added before the
-    magnitude is taken (Rician); both pass the point spread of `blur` pixels; `gain` is the stored value of blood.
+    `field` (H, W) multiplies the signal, which passes a point spread of `blur` pixels; complex noise of `sigma` (share
+    of blood) is added before the magnitude is taken (Rician); `gain` is the stored value of blood.
     """
     real = signal * field
+    for axis in (-1, -2):
+        real = gaussian_filter1d(real, blur, axis=axis, truncate=2)
     real += np.float32(sigma) * rng.standard_normal(signal.shape, dtype=np.float32)
     imaginary = np.float32(sigma) * rng.standard_normal(signal.shape, dtype=np.float32)
-    for axis in (-1, -2):
-        real = gaussian_filter1d(real, blur, axis=axis, truncate=2.5)
-        imaginary = gaussian_filter1d(imaginary, blur, axis=axis, truncate=2.5)
     magnitude = np.hypot(real, imaginary)
     magnitude *= gain
     return np.clip(magnitude, 0, 4095).astype(np.int16)

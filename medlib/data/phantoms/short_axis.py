@@ -41,7 +41,7 @@ SLIVER = 40  # mm2; a smaller section of the RV is one that nobody would outline
 class Difficulty:
     """How hard the pictures are; 0 switches a difficulty off, 1 is the tuned default of each factor."""
 
-    noise: float = 0.035  # mean sigma of the Rician noise as a share of the blood's signal; x0.5..x1.6 between patients
+    noise: float = 0.03  # mean sigma of the Rician noise as a share of the blood's signal; x0.5..x1.6 between patients
     bias: float = 1.0  # strength of the receive-coil falloff and of the smooth ripple on it
     contrast: float = 1.0  # spread of every tissue's signal and of the contrast curve between patients
     pose: float = 1.0  # spread of heart rotation (+-40 degrees at 1), position and slice shift between breath-holds
@@ -193,7 +193,7 @@ TISSUES = {
     "myocardium": (0.34, 0.16),
     "rv_blood": (0.86, 0.1),
     "lung": (0.05, 0.4),
-    "air": (0.01, 0.0),
+    "air": (0.0, 0.0),
     "fat": (0.85, 0.4),
     "muscle": (0.27, 0.22),
     "liver": (0.38, 0.25),
@@ -278,7 +278,7 @@ def _draw_abdomen(
             )
         )
 
-    for _ in range(round(difficulty.clutter * rng.integers(40, 90))):  # fat, muscle and vessels in between
+    for _ in range(round(difficulty.clutter * rng.integers(25, 55))):  # fat, muscle and vessels in between
         place = (rng.uniform(-130, 130), floor[1] + rng.uniform(0, 150), rng.uniform(-40, z))
         axes = (rng.uniform(3, 14), rng.uniform(2, 6), rng.uniform(8, 30))
         organ(place, axes, (0, tissues["wall"] * 0.5), (1, tissues[rng.choice(("fat", "muscle", "vessel", "spleen"))]))
@@ -348,7 +348,7 @@ def _draw_lungs(
 ) -> tuple[Ellipsoid, ...]:
     """Vessels of the lungs: bright dots and branches, larger near the heart."""
     vessels = []
-    for _ in range(round(difficulty.clutter * rng.integers(60, 160))):
+    for _ in range(round(difficulty.clutter * rng.integers(50, 110))):
         x, y, z = _floats(rng.normal((20, -10, 0.6 * heart.length), (60, 38, 35)))
         size = (1.0 + rng.gamma(2, 0.7)) * (1.5 if np.hypot(x, y) < 70 else 1)
         axes = (size * rng.uniform(1, 2.5), size, rng.uniform(4, 14))
@@ -391,7 +391,7 @@ def draw_stack(rng: np.random.Generator, heart: Heart, difficulty: Difficulty) -
     slices = min(12, fewest + int(rng.integers(0, 4)))
     step = round(float(np.clip(covered / slices, 5, 10)), 2)
     pixel = round(float(rng.uniform(1.2, 1.8)), 3)
-    view = rng.uniform(270, 350)
+    view = rng.uniform(260, 340)
     sides = _floats(rng.permuted((view, view * rng.uniform(0.8, 1))))  # the field of view is rarely square
     rows, columns = (int(np.clip(round(side / pixel), 160, 256)) for side in sides)
     return Stack(
@@ -644,7 +644,7 @@ def draw_patient(rng: np.random.Generator, group: str, frames: int, difficulty: 
     ripple = difficulty.bias * rng.uniform(0.04, 0.16) * smooth_noise(rng, (rows, columns), 60 / pixel)
     reach = rng.uniform(110, 320) / max(difficulty.bias, 1e-3)
     field = coil_field(Grid.centred(rows, columns, pixel), reach, rng.uniform(-2.2, -0.5), ripple)
-    radius = rng.uniform(135, 220) / max(difficulty.bias, 1e-3)
+    radius = rng.uniform(145, 260) / max(difficulty.bias, 1e-3)
     field *= banding(Grid.centred(rows, columns, pixel), radius, 1.2 * smooth_noise(rng, (rows, columns), 50 / pixel))
     images = scan(
         signal,
@@ -652,7 +652,7 @@ def draw_patient(rng: np.random.Generator, group: str, frames: int, difficulty: 
         field=field,
         sigma=difficulty.noise * rng.uniform(0.5, 1.6),
         gain=rng.uniform(180, 700),
-        blur=rng.uniform(0.35, 0.65),
+        blur=rng.uniform(0.4, 0.75),
     )
     height = rng.normal(170, 9)
     weight = rng.normal(25.5, 4) * (height / 100) ** 2
