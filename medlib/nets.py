@@ -5,7 +5,6 @@ has one dropout rate for all levels and always normalises the bottleneck. The bl
 """
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -65,7 +64,7 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList()
         for level, (before, after, rate) in enumerate(zip(inputs, widths, rates, strict=True)):
             plain = level == len(widths) - 1 and not normalise_bottleneck
-            block: nn.Sequential = TwoConv(
+            block: nn.Module = TwoConv(
                 spatial_dims,
                 before,
                 after,
@@ -74,7 +73,8 @@ class Encoder(nn.Module):
                 bias=True,
             )
             if rate:
-                block = nn.Sequential(OrderedDict(conv_0=block.conv_0, dropout=nn.Dropout(rate), conv_1=block.conv_1))
+                first, second = block.children()
+                block = nn.Sequential(first, nn.Dropout(rate), second)
             self.levels.append(block)
         self.pool = nn.MaxPool2d(2) if spatial_dims == 2 else nn.MaxPool3d(2)
 
