@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from medlib.methods.base import Method
 from medlib.nets import parameter_count
 from medlib.paths import DATA
 from medlib.results import RunRecord, versions
+from medlib.results.records import Part
 from medlib.train import Callback, Trained, Validate, make_fabric, train
 
 CACHE = DATA / "cache"
@@ -73,7 +75,7 @@ def prepared_dice(volumes: Sequence[Prepared], names: Sequence[str], device: tor
 
 @dataclass
 class Outcome:
-    """A trained and measured method. ``test`` is None where it was not opened or the data hold no labelled test scan."""
+    """A trained and measured method. ``test`` is None where it was not opened or there is no labelled test scan."""
 
     method: Method
     data: TrainingData
@@ -89,6 +91,11 @@ class Outcome:
         device = next(self.trained.networks.parameters()).device
         with torch.inference_mode():
             return self.method.predict(self.trained.networks, images.to(device)).float()
+
+    @property
+    def reported(self) -> tuple[Part, Evaluation]:
+        """The evaluation to report and its name: "test" where it was opened, else "val"."""
+        return ("test", self.test) if self.test is not None else ("val", self.val)
 
     def record(self, *, scale: str, root: str | os.PathLike[str] | None, command: str) -> RunRecord:
         """What this run leaves behind.
@@ -134,6 +141,12 @@ class SliceEmbeddings:
     cases: tuple[str, ...]
     images: np.ndarray
 
+    @property
+    def thumbnails(self) -> np.ndarray:
+        """The slices in gray, (N, S, S) uint8: the 1st to the 99th percentile of all of them, from black to white."""
+        low, high = np.percentile(self.images, (1, 99))
+        return (255 * np.clip((self.images - low) / max(high - low, 1e-12), 0, 1)).astype(np.uint8)
+
 
 def embed_slices(
     outcome: Outcome, volumes: Sequence[Prepared], *, stage: str | None = None, head: bool = True
@@ -161,6 +174,24 @@ def embed_slices(
         cases=tuple(slices.cases[i] for i in slices.volume.tolist()),
         images=slices.images.float().numpy(),
     )
+
+
+def dice_table(outcomes: Mapping[str, Outcome]) -> pd.DataFrame:
+    """A row per outcome: Dice of every structure and their mean, on test where it was opened, else on validation.
+
+    The columns' name says which. Raises ValueError where outcomes were not measured on the same scans.
+    """
+    parts = {outcome.reported[0] for outcome in outcomes.values()}
+    scans = {tuple(case.case for case in outcome.reported[1].cases) for outcome in outcomes.values()}
+    if len(parts) != 1 or len(scans) != 1:
+        raise ValueError(f"the outcomes were measured on different scans ({', '.join(sorted(parts))}): no one table")
+    rows = {}
+    for name, outcome in outcomes.items():
+        found = outcome.reported[1].summary
+        rows[name] = {c: values["dice"] for c, values in found["classes"].items()} | {"mean": found["mean"]["dice"]}
+    table = pd.DataFrame.from_dict(rows, orient="index").round(3)
+    table.columns.name = f"Dice, {parts.pop()}"
+    return table
 
 
 def run(

@@ -32,7 +32,7 @@ from medlib.train import Callback
 SCALES = ("ci", "laptop", "paper")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PHANTOM = "phantom"
-PHANTOM_PATIENTS = {"ci": 10, "laptop": 60, "paper": 100}
+PHANTOM_PATIENTS = {"ci": 15, "laptop": 60, "paper": 100}
 """How many phantom patients a scale draws: enough to run, to tell methods apart, and as many as ACDC has."""
 
 
@@ -87,7 +87,7 @@ class Session:
     @property
     def source(self) -> str:
         """What the pictures show, for their titles: "phantom", or the name of the data set."""
-        return "phantom" if self.phantom else data.dataset_info(self.dataset).title
+        return PHANTOM if self.phantom else self.dataset.upper()
 
     def cases(self) -> list[data.Case]:
         """The scans on disk; phantoms are drawn on first use into ``data/phantoms/`` and found there afterwards."""

@@ -4,6 +4,8 @@ from medlib.explore.curves import LiveCurves, live_curves, training_curves
 from medlib.explore.embedding import embedding_explorer, nearest, project
 from medlib.explore.losses import loss_explorer, loss_slider
 from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation
+from medlib.explore.plane import plane_figure
+from medlib.explore.results import records_figure
 from medlib.explore.show import Explorer, show, show_widget
 from medlib.explore.slices import slice_grid, volume_viewer
 
@@ -16,9 +18,11 @@ __all__ = [
     "loss_explorer",
     "loss_slider",
     "nearest",
+    "plane_figure",
     "position_probe_error",
     "project",
     "rank_correlation",
+    "records_figure",
     "show",
     "show_widget",
     "slice_grid",
