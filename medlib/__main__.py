@@ -1,6 +1,7 @@
 """``python -m medlib``: run a notebook into a file of its own, check a data folder, draw phantoms, list notebooks."""
 
 import argparse
+import ast
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,24 @@ def build_parser() -> argparse.ArgumentParser:
     phantoms.add_argument("--patients", type=int, default=60)
     phantoms.add_argument("--seed", type=int, default=0)
     phantoms.set_defaults(command=command_phantoms)
+
+    sweep = commands.add_parser("sweep", help="methods x labelled patients x seeds, one record a run, resumable")
+    sweep.add_argument("dataset", help="data set, such as acdc")
+    sweep.add_argument("root", type=Path, help="its folder")
+    sweep.add_argument("--methods", nargs="+", required=True, metavar="NAME", help="names as in medlib.methods")
+    sweep.add_argument("--labelled", nargs="+", type=int, required=True, metavar="N", help="labelled patients")
+    sweep.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    sweep.add_argument(
+        "--records", type=Path, required=True, help="folder of the records; runs that have one are skipped"
+    )
+    sweep.add_argument("--scale", default="laptop", help="ci, laptop (default) or paper")
+    sweep.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
+    sweep.add_argument("-s", "--setting", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    sweep.add_argument("--name", default="", help="tells runs with other settings apart")
+    sweep.add_argument("--phantom", action="store_true", help="the folder holds phantoms; the records will say so")
+    sweep.add_argument("--open-test", action="store_true", help="also measure on the test patients")
+    sweep.add_argument("--output-dir", type=Path, default=Path("runs"), help="folder of the checkpoints")
+    sweep.set_defaults(command=command_sweep)
 
     notebooks = commands.add_parser("notebooks", help="the notebooks and their parameters")
     notebooks.set_defaults(command=command_notebooks)
@@ -106,6 +125,23 @@ def command_phantoms(options: argparse.Namespace) -> int:
     root = write_phantoms(options.name, resolve(options.root), options.patients, options.seed)
     print(f"{options.patients} phantom patients: {shorten(root)}")
     return 0
+
+
+def command_sweep(options: argparse.Namespace) -> int:
+    """Run what has no record yet."""
+    from medlib.sweep import Sweep
+
+    grid = {name: value for name, value in vars(options).items() if name not in ("command", "setting")}
+    Sweep(**grid, settings={name: read_value(text) for name, text in options.setting}).run()
+    return 0
+
+
+def read_value(text: str) -> object:
+    """A number, True, False or None as Python reads it; anything else is a text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def command_notebooks(options: argparse.Namespace) -> int:
