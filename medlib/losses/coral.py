@@ -108,8 +108,8 @@ def relational_loss(features: Tensor, positions: Tensor, temperature: float = 0.
 
 def _tail_logsumexp(rows: Tensor, largest: float) -> Tensor:
     """logsumexp of each entry and all after it in its row. Entries lie in [-largest, largest]."""
-    if 2 * largest <= 60:  # exp(-60) is far inside the range of float32, and the plain sum is five times faster
-        return (rows - largest).exp().flip(1).cumsum(1).flip(1).log() + largest
+    if largest <= 60:  # exp(60) is far inside the range of float32, and the plain sum is five times faster
+        return rows.exp().flip(1).cumsum(1).flip(1).log()
     return rows.flip(1).logcumsumexp(1).flip(1)
 
 
@@ -150,8 +150,8 @@ def resolution(features: Tensor) -> Tensor:
 class _PairwiseDistance(torch.autograd.Function):
     """||h_i - h_j|| (N, N) of the rows of h (N, D): exact for near rows, O(N^2) memory forward and backward.
 
-    The common short cut, ||h_i||^2 + ||h_j||^2 - 2 <h_i, h_j>, subtracts squares and loses near rows to rounding; so the
-    lengths are measured on differences. The gradient is linear in h and can take the matrix product:
+    The common short cut, ||h_i||^2 + ||h_j||^2 - 2 <h_i, h_j>, subtracts squares and loses near rows to rounding, so
+    the lengths are measured on differences. The gradient is linear in h and can take the matrix product:
     sum_j w_ij (h_i - h_j) = (sum_j w_ij) h_i - (w h)_i.
     """
 

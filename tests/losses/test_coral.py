@@ -117,7 +117,7 @@ def test_ordinal_does_not_order_equal_positions():
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), rows=st.integers(2, 9), temperature=st.sampled_from([0.02, 0.1, 0.7]),
+@given(seed=st.integers(0, 10**6), rows=st.integers(2, 9), temperature=st.sampled_from([0.015, 0.02, 0.1, 0.7]),
        soft_weight=st.sampled_from([0.0, 1.0, 5.0]))  # fmt: skip
 def test_relational_is_equation_4(seed, rows, temperature, soft_weight):
     features, positions, _ = draw(seed, rows)
@@ -137,7 +137,7 @@ def test_ordinal_is_equation_5(seed, rows):
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("temperature", [0.03, 0.1])  # both branches of the tail sum
+@pytest.mark.parametrize("temperature", [0.015, 0.1])  # both branches of the tail sum
 def test_gradients_are_those_of_the_equations(temperature):
     features, positions, direction = draw(3, 12)
     features, direction = features.requires_grad_(), direction.requires_grad_()
@@ -242,7 +242,7 @@ def test_ordinal_does_not_take_rounding_for_a_step():
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.03, 0.5])
+@pytest.mark.parametrize("temperature", [0.015, 0.5])
 @pytest.mark.parametrize("soft_weight", [0.0, 2.0])
 def test_relational_gradcheck(temperature, soft_weight):
     features, positions, _ = draw(4, 7)
