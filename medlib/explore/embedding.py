@@ -43,7 +43,8 @@ def project(features: np.ndarray, projection: str, *, seed: int = 0, perplexity:
 
 
 def nearest(features: np.ndarray, point: int, count: int = _NEIGHBOURS) -> np.ndarray:
-    """The ``count`` rows of ``features`` (N,D) with the largest cosine to row ``point``, itself excluded, best first."""
+    """The ``count`` rows of ``features`` (N,D) with the largest cosine to row ``point``, itself excluded, best
+    first."""
     rows = unit(features)
     likeness = rows @ rows[point]
     likeness[point] = -np.inf
@@ -70,22 +71,48 @@ def _scatter(
     for i, (name, plane) in enumerate(planes.items(), start=1):
         marker = {"color": colours, "coloraxis": "coloraxis", "size": size, "opacity": 0.9}
         figure.add_trace(
-            kind(x=plane[:, 0], y=plane[:, 1], mode="markers", marker=marker, text=list(hover), showlegend=False,
-                 hovertemplate="%{text}<extra></extra>", name=name),
-            row=1, col=i,
-        )  # fmt: skip
+            kind(
+                x=plane[:, 0],
+                y=plane[:, 1],
+                mode="markers",
+                marker=marker,
+                text=list(hover),
+                showlegend=False,
+                hovertemplate="%{text}<extra></extra>",
+                name=name,
+            ),
+            row=1,
+            col=i,
+        )
         axis = "" if i == 1 else str(i)
-        figure.add_annotation(x=0.5, y=-0.02, xref=f"x{axis} domain", yref=f"y{axis} domain", yanchor="top", text=notes[name],
-                              font={"size": 12, "color": MUTED})  # fmt: skip
+        figure.add_annotation(
+            x=0.5,
+            y=-0.02,
+            xref=f"x{axis} domain",
+            yref=f"y{axis} domain",
+            yanchor="top",
+            text=notes[name],
+            font={"size": 12, "color": MUTED},
+        )
     box = {"showgrid": False, "showticklabels": False, "range": [-1.12, 1.12], "showline": True, "mirror": True}
     figure.update_xaxes(**box)
     figure.update_yaxes(**box)
-    bar = {"title": {"text": "position", "side": "right", "font": {"size": 12, "color": MUTED}}, "thickness": 12, "outlinewidth": 0, "len": 1, "y": 0.5,
-           "tickvals": [0, 0.5, 1], "tickfont": {"color": MUTED}}  # fmt: skip
+    bar = {
+        "title": {"text": "position", "side": "right", "font": {"size": 12, "color": MUTED}},
+        "thickness": 12,
+        "outlinewidth": 0,
+        "len": 1,
+        "y": 0.5,
+        "tickvals": [0, 0.5, 1],
+        "tickfont": {"color": MUTED},
+    }
     figure.update_layout(
-        template=TEMPLATE, title=title, height=478 if len(planes) > 1 else 600, margin={"l": 20, "r": 20, "t": 84, "b": 60},
+        template=TEMPLATE,
+        title=title,
+        height=478 if len(planes) > 1 else 600,
+        margin={"l": 20, "r": 20, "t": 84, "b": 60},
         coloraxis={"colorscale": position_scale(), "cmin": 0, "cmax": 1, "colorbar": bar},
-    )  # fmt: skip
+    )
     return figure
 
 
@@ -94,7 +121,9 @@ def _chips(colours: Mapping[str, str]) -> str:
     if not 0 < len(colours) <= 10:
         return ""
     dot = "display:inline-block;width:10px;height:10px;border-radius:5px;margin-right:5px;background:"
-    entry = '<span style="white-space:nowrap;display:inline-block;margin-right:14px"><span style="{}{}"></span>{}</span>'
+    entry = (
+        '<span style="white-space:nowrap;display:inline-block;margin-right:14px"><span style="{}{}"></span>{}</span>'
+    )
     return "".join(entry.format(dot, colour, escape(name)) for name, colour in colours.items())
 
 
@@ -112,13 +141,14 @@ def embedding_explorer(
 ) -> Explorer:
     """Slices as points, up to two methods side by side, with their pictures and nearest neighbours.
 
-    methods: name -> features (N,D_m); with more than two, the first two are drawn and menus choose · positions: (N,) in [0, 1]
-    · patients: N names · thumbnails: (N,h,w) uint8 · groups: N names (diagnosis, phase, ...), optional. Under each picture
-    stand numbers from the full feature space (``medlib.explore.measures``): the picture itself proves nothing.
+    methods: name -> features (N,D_m); with more than two, the first two are drawn and menus choose · positions: (N,) in
+    [0, 1] · patients: N names · thumbnails: (N,h,w) uint8 · groups: N names (diagnosis, phase, ...), optional. Under
+    each picture stand numbers from the full feature space (``medlib.explore.measures``): the picture itself proves
+    nothing.
 
-    A click on a point (or the slider ``point``) shows the slice and, for each method, its six nearest neighbours by cosine
-    in the full feature space, and rings them in both pictures. Controls: ``point``, ``colour``, ``projection``, and with
-    more than two methods ``left`` and ``right``. The twin is the picture coloured by position.
+    A click on a point (or the slider ``point``) shows the slice and, for each method, its six nearest neighbours by
+    cosine in the full feature space, and rings them in both pictures. Controls: ``point``, ``colour``, ``projection``,
+    and with more than two methods ``left`` and ``right``. The twin is the picture coloured by position.
     """
     positions, owners = np.asarray(positions, np.float64), np.asarray([str(p) for p in patients])
     features = {name: np.asarray(f, np.float32) for name, f in methods.items()}
@@ -127,7 +157,10 @@ def embedding_explorer(
         raise ValueError("methods is empty: give at least one name with its features")
     shapes = {name: f.shape for name, f in features.items() if f.ndim != 2 or len(f) != count}
     if shapes or len(owners) != count or thumbnails.ndim != 3 or len(thumbnails) != count:
-        raise ValueError(f"{count} positions, {len(owners)} patients, thumbnails {thumbnails.shape}, features {shapes}: lengths differ")
+        raise ValueError(
+            f"lengths differ: {count} positions, {len(owners)} patients, "
+            f"thumbnails {thumbnails.shape}, features {shapes}"
+        )
     kinds = [str(g) for g in groups] if groups is not None else None
     hover = [f"{p}<br>position {x:.2f}" for p, x in zip(owners, positions, strict=True)]
     if kinds is not None:
@@ -146,15 +179,33 @@ def embedding_explorer(
     figure = go.FigureWidget(twin)
     drawn = len(shown)
     for axis in ["", "2"][:drawn]:
-        ring = {"mode": "markers", "showlegend": False, "hoverinfo": "skip", "x": [], "y": [], "xaxis": f"x{axis}", "yaxis": f"y{axis}"}
-        figure.add_trace(go.Scatter(**ring, marker={"size": 15, "symbol": "circle-open", "color": INK, "line": {"width": 2}}))
-        figure.add_trace(go.Scatter(**ring, marker={"size": 19, "symbol": "circle-open", "color": DISAGREEMENT, "line": {"width": 3.5}}))
+        ring = {
+            "mode": "markers",
+            "showlegend": False,
+            "hoverinfo": "skip",
+            "x": [],
+            "y": [],
+            "xaxis": f"x{axis}",
+            "yaxis": f"y{axis}",
+        }
+        figure.add_trace(
+            go.Scatter(**ring, marker={"size": 15, "symbol": "circle-open", "color": INK, "line": {"width": 2}})
+        )
+        figure.add_trace(
+            go.Scatter(
+                **ring, marker={"size": 19, "symbol": "circle-open", "color": DISAGREEMENT, "line": {"width": 3.5}}
+            )
+        )
 
     menu: dict[str, Any] = {"layout": ipywidgets.Layout(width="230px"), "style": {"description_width": "76px"}}
     controls: dict[str, ipywidgets.ValueWidget] = {
-        "colour": ipywidgets.Dropdown(options=["position", "patient", *["group"] * (kinds is not None)], description="colour by", **menu),
+        "colour": ipywidgets.Dropdown(
+            options=["position", "patient", *["group"] * (kinds is not None)], description="colour by", **menu
+        ),
         "projection": ipywidgets.Dropdown(options=PROJECTIONS, value=projection, description="projection", **menu),
-        "point": ipywidgets.IntSlider(value=0, min=0, max=count - 1, description="point", continuous_update=False, **menu),
+        "point": ipywidgets.IntSlider(
+            value=0, min=0, max=count - 1, description="point", continuous_update=False, **menu
+        ),
     }
     if len(features) > 2:
         for side, name in zip(("left", "right"), shown, strict=True):
@@ -164,7 +215,7 @@ def embedding_explorer(
     def names() -> list[str]:
         return [controls[s].value for s in ("left", "right")] if "left" in controls else shown
 
-    def mark(change=None) -> None:
+    def mark(change: object = None) -> None:
         point, kind = controls["point"].value, controls["projection"].value
         found = {name: nearest(features[name], point) for name in dict.fromkeys(names())}
         with figure.batch_update():
@@ -175,7 +226,7 @@ def embedding_explorer(
                 self_.x, self_.y = at[[point], 0], at[[point], 1]
         strip.value = _strip(point, found, thumbs, positions, owners, hover)
 
-    def move(change=None) -> None:
+    def move(change: object = None) -> None:
         kind = controls["projection"].value
         with figure.batch_update():
             for i, name in enumerate(names()):
@@ -185,7 +236,7 @@ def embedding_explorer(
             figure.layout.title.text = f"{title} ({kind})"
         mark()
 
-    def paint(change=None) -> None:
+    def paint(change: object = None) -> None:
         by = controls["colour"].value
         values = {"patient": list(owners), "group": kinds}.get(by)
         palette = category_colours(values) if values is not None else {}
@@ -196,7 +247,7 @@ def embedding_explorer(
             figure.layout.coloraxis.showscale = values is None
         legend.value = f'<div style="{_TEXT}">{_chips(palette)}</div>'
 
-    def click(trace, points, state) -> None:
+    def click(trace: Any, points: Any, state: Any) -> None:
         if points.point_inds:
             controls["point"].value = points.point_inds[0]
 
@@ -210,10 +261,12 @@ def embedding_explorer(
     rows = [ipywidgets.HBox([controls[k] for k in ("projection", "colour", "point")])]
     rows += [ipywidgets.HBox([controls["left"], controls["right"]])] if "left" in controls else []
     alt = (
-        f"{title}: {count} slices of {len(set(owners))} patients as points on a plane ({projection}), coloured by position, for "
-        f"{' and '.join(shown)}."
+        f"{title}: {count} slices of {len(set(owners))} patients as points on a plane ({projection}), coloured by "
+        f"position, for {' and '.join(shown)}."
     )
-    return Explorer(stack(hint(tip), *rows, legend, figure, strip), twin, alt, {**controls, "strip": strip}, {"embedding": figure})
+    return Explorer(
+        stack(hint(tip), *rows, legend, figure, strip), twin, alt, {**controls, "strip": strip}, {"embedding": figure}
+    )
 
 
 _TEXT = "color:var(--jp-ui-font-color1,#1f2933);font-size:12px;line-height:1.35;max-width:720px"
@@ -247,10 +300,11 @@ def _strip(
     for name, indices in found.items():
         away = np.abs(positions[indices] - positions[point]).mean()
         others = int((owners[indices] != owners[point]).sum())
-        summary = f"<b>{escape(name)}</b>: neighbours {away:.2f} away in position, {others} of {len(indices)} from other patients"
+        shared = f"neighbours {away:.2f} away in position, {others} of {len(indices)} from other patients"
         pictures = "".join(cell(int(i), "#8a94a0") for i in indices)
         lines.append(
-            f'<div style="margin:8px 0 3px">{summary}</div><div style="display:flex;gap:10px">{cell(point, DISAGREEMENT)}'
+            f'<div style="margin:8px 0 3px"><b>{escape(name)}</b>: {shared}</div>'
+            f'<div style="display:flex;gap:10px">{cell(point, DISAGREEMENT)}'
             f'<span style="align-self:center;margin-top:-24px">&rarr;</span>{pictures}</div>'
         )
     return f'<div style="{_TEXT}">{"".join(lines)}</div>'

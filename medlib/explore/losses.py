@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ipywidgets
 import numpy as np
@@ -21,9 +22,16 @@ _ANGLES = 121  # angles at which the loss is sampled for its curve
 
 def _slider(name: str, limits: Range, step: float | None = None) -> ipywidgets.FloatSlider:
     low, high, value = limits
-    return ipywidgets.FloatSlider(value=value, min=low, max=high, step=step or (high - low) / 100, description=name.replace("_", " "),
-                                  readout_format=".3g", layout=ipywidgets.Layout(width="350px"),
-                                  style={"description_width": "110px"})  # fmt: skip
+    return ipywidgets.FloatSlider(
+        value=value,
+        min=low,
+        max=high,
+        step=step or (high - low) / 100,
+        description=name.replace("_", " "),
+        readout_format=".3g",
+        layout=ipywidgets.Layout(width="350px"),
+        style={"description_width": "110px"},
+    )
 
 
 def loss_slider(
@@ -37,8 +45,9 @@ def loss_slider(
 ) -> Explorer:
     """Any function of a few numbers as curves with sliders.
 
-    curves: called with every parameter by name; returns curve name -> (x values, y values), always the same names · parameters:
-    name -> (smallest, largest, first value). The axes keep the range of the first picture, so that a change is seen as one.
+    curves: called with every parameter by name; returns curve name -> (x values, y values), always the same names ·
+    parameters: name -> (smallest, largest, first value). The axes keep the range of the first picture, so that a change
+    is seen as one.
     """
     controls = {name: _slider(name, limits) for name, limits in parameters.items()}
 
@@ -46,17 +55,28 @@ def loss_slider(
         return {name: control.value for name, control in controls.items()}
 
     start = curves(**values())
-    traces = [go.Scatter(x=list(x), y=list(y), name=name, mode="lines+markers" if len(x) <= 12 else "lines", line={"width": 2.4})
-              for name, (x, y) in start.items()]  # fmt: skip
+    traces = [
+        go.Scatter(
+            x=list(x), y=list(y), name=name, mode="lines+markers" if len(x) <= 12 else "lines", line={"width": 2.4}
+        )
+        for name, (x, y) in start.items()
+    ]
     low, high = (f([float(v) for _, y in start.values() for v in y]) for f in (min, max))
     room = 0.12 * (high - low or 1.0)
-    twin = go.Figure(traces, {
-        "template": TEMPLATE, "title": title, "height": 360, "showlegend": len(start) > 1,
-        "xaxis": {"title": x_title}, "yaxis": {"title": y_title, "range": [low - room, high + room]},
-    })  # fmt: skip
+    twin = go.Figure(
+        traces,
+        {
+            "template": TEMPLATE,
+            "title": title,
+            "height": 360,
+            "showlegend": len(start) > 1,
+            "xaxis": {"title": x_title},
+            "yaxis": {"title": y_title, "range": [low - room, high + room]},
+        },
+    )
     figure = go.FigureWidget(twin)
 
-    def draw(change=None) -> None:
+    def draw(change: object = None) -> None:
         drawn = curves(**values())
         with figure.batch_update():
             for trace in figure.data:
@@ -79,21 +99,25 @@ def loss_explorer(
 ) -> Explorer:
     """A few points in the plane, the loss of them, the arrows along which it falls, and the loss as one point turns.
 
-    loss: called as ``loss(features, positions, **parameters)`` with (N,2) and (N,) float64 tensors, returns a 0-d tensor: any
-    function of ``medlib.losses`` of that form · points: (N,2), N <= 8 · positions: N values in [0, 1], shown as colour ·
-    parameters: name -> (smallest, largest, first value), one slider each. Controls: ``point`` (which to move), ``angle``
-    in degrees, ``radius``, and the parameters by name. A click on a point chooses it. Arrows show minus the gradient;
-    equal scale at all times, very long ones are shortened.
+    loss: called as ``loss(features, positions, **parameters)`` with (N,2) and (N,) float64 tensors, returns a 0-d
+    tensor: any function of ``medlib.losses`` of that form · points: (N,2), N <= 8 · positions: N values in [0, 1],
+    shown as colour · parameters: name -> (smallest, largest, first value), one slider each. Controls: ``point`` (which
+    to move), ``angle`` in degrees, ``radius``, and the parameters by name. A click on a point chooses it. Arrows show
+    minus the gradient; equal scale at all times, very long ones are shortened.
     """
     start = np.array(points, np.float64)
     if start.ndim != 2 or start.shape[1] != 2 or not 2 <= len(start) <= 8 or len(positions) != len(start):
-        raise ValueError(f"points must be (N,2) with 2 <= N <= 8 and one position each, got {start.shape}, {len(positions)} positions")
+        raise ValueError(
+            f"points must be (N,2), 2 <= N <= 8, one position each, got {start.shape} and {len(positions)} positions"
+        )
     place = torch.tensor(list(positions), dtype=torch.float64)
-    state = {"points": start.copy(), "busy": False}
+    moved, busy = start.copy(), [False]
     letters = "ABCDEFGH"[: len(start)]
     radius, angle = np.linalg.norm(start, axis=1), np.degrees(np.arctan2(start[:, 1], start[:, 0])) % 360
     controls: dict[str, ipywidgets.ValueWidget] = {
-        "point": ipywidgets.ToggleButtons(options=[(s, i) for i, s in enumerate(letters)], style={"button_width": "36px"}),
+        "point": ipywidgets.ToggleButtons(
+            options=[(s, i) for i, s in enumerate(letters)], style={"button_width": "36px"}
+        ),
         "angle": _slider("angle", (0.0, 360.0, float(angle[0])), step=1.0),
         "radius": _slider("radius", (0.1, 1.5, float(np.clip(radius[0], 0.1, 1.5))), step=0.05),
     }
@@ -108,7 +132,9 @@ def loss_explorer(
 
     def value_at(at: np.ndarray) -> float:
         with torch.no_grad():
-            return float(loss(torch.tensor(at, dtype=torch.float64), place, **{name: s.value for name, s in settings.items()}))
+            return float(
+                loss(torch.tensor(at, dtype=torch.float64), place, **{name: s.value for name, s in settings.items()})
+            )
 
     unit_push = max(float(np.linalg.norm(value_and_push(start)[1], axis=1).max()), 1e-9)
     turn = np.linspace(0, 360, _ANGLES)
@@ -117,29 +143,69 @@ def loss_explorer(
     frame = make_subplots(1, 2, column_widths=[0.54, 0.46], horizontal_spacing=0.11)
     rim = {"mode": "lines", "line": {"color": GRID, "width": 2}, "hoverinfo": "skip", "showlegend": False}
     frame.add_trace(go.Scatter(x=around[:, 0].round(3), y=around[:, 1].round(3), **rim), row=1, col=1)
-    frame.add_trace(go.Scatter(
-        x=start[:, 0], y=start[:, 1], mode="markers+text", text=list(letters), showlegend=False,
-        textfont={"color": [CARD if p < 0.75 else INK for p in positions], "size": 13},
-        customdata=list(positions), hovertemplate="%{text}, position %{customdata:.2f}<extra></extra>",
-        marker={"size": 27, "color": list(positions), "coloraxis": "coloraxis", "line": {"color": CARD, "width": 2}},
-    ), row=1, col=1)  # fmt: skip
-    frame.add_trace(go.Scatter(x=turn, y=turn * 0, mode="lines", line={"color": SERIES[0], "width": 2.4}, showlegend=False), row=1, col=2)
-    frame.add_trace(go.Scatter(x=[0], y=[0], mode="markers", marker={"size": 12, "color": SERIES[1]}, showlegend=False), row=1, col=2)
+    frame.add_trace(
+        go.Scatter(
+            x=start[:, 0],
+            y=start[:, 1],
+            mode="markers+text",
+            text=list(letters),
+            showlegend=False,
+            textfont={"color": [CARD if p < 0.75 else INK for p in positions], "size": 13},
+            customdata=list(positions),
+            hovertemplate="%{text}, position %{customdata:.2f}<extra></extra>",
+            marker={
+                "size": 27,
+                "color": list(positions),
+                "coloraxis": "coloraxis",
+                "line": {"color": CARD, "width": 2},
+            },
+        ),
+        row=1,
+        col=1,
+    )
+    frame.add_trace(
+        go.Scatter(x=turn, y=turn * 0, mode="lines", line={"color": SERIES[0], "width": 2.4}, showlegend=False),
+        row=1,
+        col=2,
+    )
+    frame.add_trace(
+        go.Scatter(x=[0], y=[0], mode="markers", marker={"size": 12, "color": SERIES[1]}, showlegend=False),
+        row=1,
+        col=2,
+    )
     view = {"range": [-1.62, 1.62], "showgrid": False, "showticklabels": False, "fixedrange": True, "title": None}
     frame.update_layout(
-        template=TEMPLATE, height=430, margin={"l": 20, "r": 20, "t": 70, "b": 52},
-        xaxis=view, yaxis={**view, "scaleanchor": "x"},
-        xaxis2={"tickvals": [0, 90, 180, 270, 360], "ticktext": ["0°", "90°", "180°", "270°", "360°"]}, yaxis2={"title": "loss"},
-        coloraxis={"colorscale": position_scale(), "cmin": 0, "cmax": 1, "colorbar": {
-            "title": {"text": "position", "font": {"size": 12, "color": MUTED}}, "orientation": "h", "thickness": 8, "len": 0.4, "x": 0.25, "y": 0.04, "yanchor": "top",
-            "outlinewidth": 0, "tickvals": [0, 1], "tickfont": {"color": MUTED}}},
-    )  # fmt: skip
+        template=TEMPLATE,
+        height=430,
+        margin={"l": 20, "r": 20, "t": 70, "b": 52},
+        xaxis=view,
+        yaxis={**view, "scaleanchor": "x"},
+        xaxis2={"tickvals": [0, 90, 180, 270, 360], "ticktext": ["0°", "90°", "180°", "270°", "360°"]},
+        yaxis2={"title": "loss"},
+        coloraxis={
+            "colorscale": position_scale(),
+            "cmin": 0,
+            "cmax": 1,
+            "colorbar": {
+                "title": {"text": "position", "font": {"size": 12, "color": MUTED}},
+                "orientation": "h",
+                "thickness": 8,
+                "len": 0.4,
+                "x": 0.25,
+                "y": 0.04,
+                "yanchor": "top",
+                "outlinewidth": 0,
+                "tickvals": [0, 1],
+                "tickfont": {"color": MUTED},
+            },
+        },
+    )
     figure = go.FigureWidget(frame)
 
-    def draw(change=None) -> None:
-        if state["busy"]:
+    def draw(change: object = None) -> None:
+        if busy[0]:
             return
-        at, chosen = state["points"], controls["point"].value
+        at, chosen = moved, controls["point"].value
         bearing = math.radians(controls["angle"].value)
         at[chosen] = controls["radius"].value * np.array([math.cos(bearing), math.sin(bearing)])
         value, push = value_and_push(at)
@@ -147,7 +213,9 @@ def loss_explorer(
         rounds[:, chosen] = controls["radius"].value * around
         landscape = [value_at(r) for r in rounds]
         with figure.batch_update():
-            figure.layout.annotations = [_arrow(p, v / unit_push) for p, v in zip(at, push, strict=True) if np.hypot(*v) > 1e-6 * unit_push]
+            figure.layout.annotations = [
+                _arrow(p, v / unit_push) for p, v in zip(at, push, strict=True) if np.hypot(*v) > 1e-6 * unit_push
+            ]
             dots = figure.data[1]
             dots.x, dots.y = at[:, 0], at[:, 1]
             dots.marker.line.color = [SERIES[1] if i == chosen else CARD for i in range(len(at))]
@@ -157,15 +225,15 @@ def loss_explorer(
             figure.layout.xaxis2.title.text = f"angle of {letters[chosen]}"
             figure.layout.title.text = f"{title} <span style='font-size:14px'> loss {value:.3f}</span>"
 
-    def choose(change=None) -> None:
-        x, y = state["points"][controls["point"].value]
-        state["busy"] = True  # two sliders move: draw once, and do not move the point from half of the news
+    def choose(change: object = None) -> None:
+        x, y = moved[controls["point"].value]
+        busy[0] = True  # two sliders move: draw once, and do not move the point from half of the news
         controls["angle"].value = math.degrees(math.atan2(y, x)) % 360
         controls["radius"].value = math.hypot(x, y)
-        state["busy"] = False
+        busy[0] = False
         draw()
 
-    def click(trace, points, state_) -> None:
+    def click(trace: Any, points: Any, state: Any) -> None:
         if points.point_inds:
             controls["point"].value = points.point_inds[0]
 
@@ -177,13 +245,36 @@ def loss_explorer(
     draw()
     twin = go.Figure(figure)
     move = ipywidgets.HBox([controls["angle"], controls["radius"]])
-    alt = f"{title}: {len(start)} points in the plane coloured by position, arrows along which the loss falls, and the loss as point A turns."
-    return Explorer(stack(hint(tip), figure, controls["point"], move, *settings.values()), twin, alt, controls, {"loss": figure})
+    alt = (
+        f"{title}: {len(start)} points in the plane coloured by position, arrows along which the loss falls, and the "
+        "loss as point A turns."
+    )
+    return Explorer(
+        stack(hint(tip), figure, controls["point"], move, *settings.values()), twin, alt, controls, {"loss": figure}
+    )
 
 
 def _arrow(point: np.ndarray, push: np.ndarray) -> dict:
-    """A plotly annotation from the rim of ``point`` along ``push``, whose length 1 is drawn as two thirds of the longest arrow."""
+    """A plotly annotation from the rim of ``point`` along ``push``, whose length 1 is drawn as two thirds of the
+    longest arrow."""
     length = float(np.hypot(*push))
-    rim, tip = (point + push * (distance / length) for distance in (_RIM, _RIM + 0.06 + _ARROW * math.tanh(0.8 * length)))
-    return {"x": tip[0], "y": tip[1], "ax": rim[0], "ay": rim[1], "xref": "x", "yref": "y", "axref": "x", "ayref": "y", "text": "",
-            "showarrow": True, "arrowhead": 2, "arrowsize": 0.8, "arrowwidth": 2.4, "arrowcolor": INK, "standoff": 0}  # fmt: skip
+    rim, tip = (
+        point + push * (distance / length) for distance in (_RIM, _RIM + 0.06 + _ARROW * math.tanh(0.8 * length))
+    )
+    return {
+        "x": tip[0],
+        "y": tip[1],
+        "ax": rim[0],
+        "ay": rim[1],
+        "xref": "x",
+        "yref": "y",
+        "axref": "x",
+        "ayref": "y",
+        "text": "",
+        "showarrow": True,
+        "arrowhead": 2,
+        "arrowsize": 0.8,
+        "arrowwidth": 2.4,
+        "arrowcolor": INK,
+        "standoff": 0,
+    }

@@ -37,9 +37,9 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 def _pack(pixels: np.ndarray) -> np.ndarray:
     """One whole number per pixel of (H,W,C) uint8."""
-    return (pixels.reshape(-1, pixels.shape[-1]).astype(np.uint32) << np.arange(0, 8 * pixels.shape[-1], 8, dtype=np.uint32)).sum(
-        axis=1, dtype=np.uint32
-    )
+    return (
+        pixels.reshape(-1, pixels.shape[-1]).astype(np.uint32) << np.arange(0, 8 * pixels.shape[-1], 8, dtype=np.uint32)
+    ).sum(axis=1, dtype=np.uint32)
 
 
 def decode_canvas(png: bytes) -> np.ndarray:
@@ -127,7 +127,8 @@ def blend(gray: np.ndarray, layer: np.ndarray | None = None) -> np.ndarray:
 def shrink(array: np.ndarray, size: int) -> np.ndarray:
     """(...,H,W) made k times smaller, with the smallest k that brings height and width to ``size`` or less.
 
-    Images (float) become means of k x k blocks, maps (integers) keep every k-th pixel; a last incomplete block is dropped.
+    Images (float) become means of k x k blocks, maps (integers) keep every k-th pixel; a last incomplete block is
+    dropped.
     """
     step = max(1, -(-max(array.shape[-2:]) // size))
     height, width = (n // step for n in array.shape[-2:])
@@ -138,10 +139,11 @@ def shrink(array: np.ndarray, size: int) -> np.ndarray:
 
 
 def focus(maps: np.ndarray, margin: float = 0.5) -> tuple[slice, slice]:
-    """Rows and columns around everything but background in ``maps`` (...,H,W), with ``margin`` times its size on each side."""
-    structure = (maps > 0).any(axis=tuple(range(maps.ndim - 2)))
+    """Rows and columns around all that is not background in ``maps`` (...,H,W), and ``margin`` times its size more."""
+    structure = np.asarray(maps > 0, bool).reshape(-1, *maps.shape[-2:]).any(axis=0)
     if not structure.any():
         return slice(0, maps.shape[-2]), slice(0, maps.shape[-1])
-    spans = [np.flatnonzero(structure.any(axis=axis)) for axis in (1, 0)]
+    spans = [np.flatnonzero(np.any(structure, axis=axis)) for axis in (1, 0)]
     room = round(margin * max(s[-1] - s[0] + 1 for s in spans))
-    return tuple(slice(max(0, int(s[0]) - room), int(s[-1]) + 1 + room) for s in spans)  # type: ignore[return-value]
+    rows, columns = (slice(max(0, int(s[0]) - room), int(s[-1]) + 1 + room) for s in spans)
+    return rows, columns

@@ -17,7 +17,8 @@ from IPython.display import display
 from medlib.explore.pixels import decode_canvas, encode_png, fewer_colours
 
 PNG_LIMIT = 150_000  # bytes of one picture in a committed notebook
-_LADDER = ((2, 1), (2, 8), (1.5, 8), (1, 8), (1, 14))  # pixels per unit of the figure, colours merged: until the limit is met
+# Pixels per unit of the figure and colours merged, from the best to the smallest: the first within the limit is taken.
+_LADDER = ((2, 1), (2, 8), (1.5, 8), (1, 1), (1, 8), (1, 14))
 _SECONDS = 60.0  # a browser that has not drawn by then will not
 _browser: list[bool] = []  # empty: not looked for yet; one entry: whether pictures can be drawn
 
@@ -27,7 +28,7 @@ def _start_browser() -> bool:
 
     if not Chromium.find_browser(skip_local=False):
         return False
-    import kaleido
+    import kaleido  # type: ignore[import-untyped]
 
     kaleido.start_sync_server(n=1, silence_warnings=True, mathjax=False)
     return True
@@ -64,20 +65,29 @@ def _draw(figure: go.Figure, scale: float) -> bytes:
     return result
 
 
-def picture(figure: go.Figure) -> bytes | None:
-    """``figure`` as PNG at twice its size (less, where that exceeds ``PNG_LIMIT`` bytes), or None without a browser."""
+def _sized(figure: go.Figure) -> go.Figure:
+    """A plain copy of ``figure`` that states its width and height, its template's where it has none of its own."""
+    plain = go.Figure(figure)
+    theme = figure.layout.template.layout
+    plain.update_layout(width=figure.layout.width or theme.width, height=figure.layout.height or theme.height)
+    return plain
+
+
+def picture(figure: go.Figure, scale: float = 2.0) -> bytes | None:
+    """``figure`` as PNG at ``scale`` times its size (less, where that exceeds ``PNG_LIMIT`` bytes).
+
+    None without a browser.
+    """
     if not browser_found():
         return None
-    sized = go.Figure(figure)
-    sized.update_layout(width=figure.layout.width or figure.layout.template.layout.width or 720)
-    sized.update_layout(height=figure.layout.height or figure.layout.template.layout.height or 400)
+    sized = _sized(figure)
     try:
         png, canvas, drawn = b"", np.empty(0), 0.0
-        for scale, step in _LADDER:
-            if len(png) * (scale / max(drawn, 1)) ** 2 > 1.3 * PNG_LIMIT and scale > 1 and scale != drawn:
+        for times, step in [rung for rung in _LADDER if rung[0] <= scale]:
+            if len(png) * (times / max(drawn, 1)) ** 2 > 1.3 * PNG_LIMIT and 1 < times != drawn:
                 continue  # the last try tells that this one will not do either
-            if scale != drawn:
-                canvas, drawn = decode_canvas(_draw(sized, scale)), scale
+            if times != drawn:
+                canvas, drawn = decode_canvas(_draw(sized, times)), times
             png = encode_png(fewer_colours(canvas, step))
             if len(png) <= PNG_LIMIT:
                 break
@@ -87,15 +97,14 @@ def picture(figure: go.Figure) -> bytes | None:
         return None
 
 
-def _bundle(content: dict[str, Any], figure: go.Figure, alt: str) -> None:
+def _bundle(content: dict[str, Any], figure: go.Figure, alt: str, scale: float) -> None:
     if not alt.strip():
         raise ValueError("alt must be a sentence that says what the figure shows, got an empty text")
     metadata: dict[str, Any] = {}
-    png = picture(figure)
+    png = picture(figure, scale)
     if png is not None:
         content["image/png"] = base64.b64encode(png).decode()
-        width = figure.layout.width or figure.layout.template.layout.width
-        metadata["image/png"] = {"width": width, "alt": alt}
+        metadata["image/png"] = {"width": _sized(figure).layout.width, "alt": alt}
     display({**content, "text/plain": alt}, metadata=metadata, raw=True)
 
 
@@ -104,14 +113,15 @@ def show(figure: go.Figure, alt: str) -> None:
 
     ``alt`` is one sentence for a reader who does not see the picture; it names no machine, path or measured time.
     """
-    plain = go.Figure(figure)
-    _bundle({"application/vnd.plotly.v1+json": json.loads(plain.to_json())}, plain, alt)
+    sized = _sized(figure)
+    # plotly's extension of JupyterLab shows the PNG, pixel by pixel, until the mouse enters: hence once its size.
+    _bundle({"application/vnd.plotly.v1+json": json.loads(sized.to_json())}, sized, alt, scale=1)
 
 
 def show_widget(widget: ipywidgets.Widget, twin: go.Figure, alt: str) -> None:
     """Display ``widget`` where a kernel runs; elsewhere its static ``twin`` as PNG, else ``alt``."""
     view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
-    _bundle({"application/vnd.jupyter.widget-view+json": view}, twin, alt)
+    _bundle({"application/vnd.jupyter.widget-view+json": view}, twin, alt, scale=2)
 
 
 @dataclass

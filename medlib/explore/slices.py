@@ -1,6 +1,7 @@
 """Slices with their labels: a montage, and a volume to scroll through."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import ipywidgets
 import numpy as np
@@ -54,9 +55,9 @@ def slice_grid(
     """A montage: one column per slice; below the image its label, its prediction and where those two differ, if given.
 
     images: (N,H,W) · labels, predictions: (N,H,W) int · titles: N texts · classes, colours: names and ``#rrggbb`` of
-    the label values 0, 1, ... (0 is background and stays clear) · columns: slices per line · aspect: height of a pixel over
-    its width. Gray runs from the 1st to the 99th percentile of all images together. With a label or a prediction all are cut
-    to the structures and half their size around them.
+    the label values 0, 1, ... (0 is background and stays clear) · columns: slices per line · aspect: height of a pixel
+    over its width. Gray runs from the 1st to the 99th percentile of all images together. With a label or a prediction
+    all are cut to the structures and half their size around them.
     """
     images = np.asarray(images)
     _check_maps(images, labels=labels, predictions=predictions)
@@ -65,7 +66,9 @@ def slice_grid(
     given = [np.asarray(m) for m in (labels, predictions) if m is not None]
     box = pixels.focus(np.concatenate(given)) if given else (slice(None), slice(None))
     gray = pixels.to_gray(pixels.shrink(images[:, *box].astype(np.float32), _MONTAGE_PIXELS), limits)
-    truth, guess = (None if m is None else pixels.shrink(np.asarray(m)[:, *box], _MONTAGE_PIXELS) for m in (labels, predictions))
+    truth, guess = (
+        None if m is None else pixels.shrink(np.asarray(m)[:, *box], _MONTAGE_PIXELS) for m in (labels, predictions)
+    )
     rows = ["image", *["label"] * (truth is not None), *["prediction"] * (guess is not None)]
     if truth is not None and guess is not None:
         rows.append("difference")
@@ -91,9 +94,15 @@ def slice_grid(
         for r, row in enumerate(rows):
             figure.add_layout_image(
                 source=pixels.data_uri(tile(row, n)),
-                x=x + 1, y=y + head + r * tall + 1, sizex=cell - 2, sizey=tall - 2,
-                xref="x", yref="y", sizing="stretch", layer="above",
-            )  # fmt: skip
+                x=x + 1,
+                y=y + head + r * tall + 1,
+                sizex=cell - 2,
+                sizey=tall - 2,
+                xref="x",
+                yref="y",
+                sizing="stretch",
+                layer="above",
+            )
     if len(rows) > 1:
         for line in range(lines):
             for r, row in enumerate(rows):
@@ -125,18 +134,23 @@ def volume_viewer(
     *,
     title: str = "A volume, slice by slice",
 ) -> Explorer:
-    """A volume to scroll through: the slice, the slice with its overlay, and the area of each structure along the volume.
+    """A volume to scroll through: the slice, the slice with its overlay, and the area of each structure along the
+    volume.
 
     volume: (Z,H,W) · label, prediction: (Z,H,W) int · spacing: (z,y,x) in mm or None · classes, colours: as in
-    ``slice_grid``. Controls: ``slice``, ``overlay`` ("label", "prediction", "difference"; those that exist) and ``opacity``.
-    A click on the area profile goes to that slice. The twin is a montage of six slices.
+    ``slice_grid``. Controls: ``slice``, ``overlay`` ("label", "prediction", "difference"; those that exist) and
+    ``opacity``. A click on the area profile goes to that slice. The twin is a montage of six slices.
     """
     volume = np.asarray(volume)
     _check_maps(volume, label=label, prediction=prediction)
     _check_classes(classes, colours, label, prediction)
     depth, height, width = volume.shape
     gray = pixels.to_gray(pixels.shrink(volume.astype(np.float32), 256))
-    maps = {n: pixels.shrink(np.asarray(m), 256) for n, m in {"label": label, "prediction": prediction}.items() if m is not None}
+    maps = {
+        n: pixels.shrink(np.asarray(m), 256)
+        for n, m in {"label": label, "prediction": prediction}.items()
+        if m is not None
+    }
     kinds = [*maps, *["difference"] * (len(maps) == 2)]
     aspect = 1.0 if spacing is None else spacing[1] / spacing[2]
 
@@ -151,16 +165,36 @@ def volume_viewer(
     )
     stretch = {"x": 0, "y": 0, "sizex": width, "sizey": height * aspect, "sizing": "stretch"}
     scans = ["", "2"] if maps else [""]
-    places = [{"source": pixels.data_uri(pixels.blend(gray[0])), "xref": f"x{s}", "yref": f"y{s}", **stretch} for s in scans]
+    places = [
+        {"source": pixels.data_uri(pixels.blend(gray[0])), "xref": f"x{s}", "yref": f"y{s}", **stretch} for s in scans
+    ]
     if maps:
         # A hair wider than the scan below it: plotly takes two images of one place and size for the same image.
         places.append({**places[1], "source": "", "opacity": 0.8, "sizex": width * 1.0001})
     frame = {"range": [0, width], "constrain": "domain"}, {"range": [height * aspect, 0], "constrain": "domain"}
-    figure.update_layout(template=TEMPLATE, title=title, height=400, images=places, margin={"l": 20, "r": 52 if maps else 20, "t": 58, "b": 60})
+    figure.update_layout(
+        template=TEMPLATE,
+        title=title,
+        height=400,
+        images=places,
+        margin={"l": 20, "r": 52 if maps else 20, "t": 58, "b": 60},
+    )
     for s in scans:
-        figure.update_layout({f"xaxis{s}": bare_axis(**frame[0]), f"yaxis{s}": bare_axis(**frame[1], scaleanchor=f"x{s}")})
-        figure.add_trace(go.Scatter(x=[0], y=[0], mode="markers", opacity=0, showlegend=False, hoverinfo="skip",
-                                    xaxis=f"x{s}", yaxis=f"y{s}"))  # fmt: skip
+        figure.update_layout(
+            {f"xaxis{s}": bare_axis(**frame[0]), f"yaxis{s}": bare_axis(**frame[1], scaleanchor=f"x{s}")}
+        )
+        figure.add_trace(
+            go.Scatter(
+                x=[0],
+                y=[0],
+                mode="markers",
+                opacity=0,
+                showlegend=False,
+                hoverinfo="skip",
+                xaxis=f"x{s}",
+                yaxis=f"y{s}",
+            )
+        )
     if maps:
         _class_legend(figure, classes, colours, "difference" in kinds)
         where = {"xaxis": "x3", "yaxis": "y3"}
@@ -170,14 +204,32 @@ def volume_viewer(
             area = _areas(np.asarray(values), len(classes), spacing)
             for value in range(1, len(classes)):
                 line = {"color": colours[value], "width": 2, "dash": "solid" if name == "label" else "dot"}
-                figure.add_trace(go.Scatter(
-                    x=area[value].round(2), y=np.arange(1, depth + 1), mode="lines+markers", line=line, showlegend=False,
-                    marker={"size": 5}, name=f"{classes[value]}, {name}", **where))  # fmt: skip
+                figure.add_trace(
+                    go.Scatter(
+                        x=area[value].round(2),
+                        y=np.arange(1, depth + 1),
+                        mode="lines+markers",
+                        line=line,
+                        showlegend=False,
+                        marker={"size": 5},
+                        name=f"{classes[value]}, {name}",
+                        **where,
+                    )
+                )
         unit = "pixels" if spacing is None else "cm²"
         figure.update_layout(
             xaxis3={"title": f"area ({unit})", "rangemode": "tozero", "nticks": 4},
             yaxis3={"title": "slice", "side": "right", "range": [0.5, depth + 0.5], "nticks": min(depth, 8)},
-            shapes=[{"type": "line", "xref": "x3 domain", "yref": "y3", "x0": 0, "x1": 1, "line": {"color": INK, "width": 1.5}}],
+            shapes=[
+                {
+                    "type": "line",
+                    "xref": "x3 domain",
+                    "yref": "y3",
+                    "x0": 0,
+                    "x1": 1,
+                    "line": {"color": INK, "width": 1.5},
+                }
+            ],
             legend={"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"},
         )
 
@@ -187,9 +239,11 @@ def volume_viewer(
     }
     if maps:
         controls["overlay"] = ipywidgets.ToggleButtons(options=kinds, value=kinds[-1], style={"button_width": "100px"})
-        controls["opacity"] = ipywidgets.FloatSlider(value=0.8, min=0, max=1, step=0.05, description="overlay", layout=wide)
+        controls["opacity"] = ipywidgets.FloatSlider(
+            value=0.8, min=0, max=1, step=0.05, description="overlay", layout=wide
+        )
 
-    def draw(change=None) -> None:
+    def draw(change: object = None) -> None:
         n = controls["slice"].value
         with figure.batch_update():
             for place in range(len(scans)):
@@ -198,9 +252,11 @@ def volume_viewer(
                 figure.layout.images[2].source = pixels.data_uri(layer(n - 1, controls["overlay"].value))
                 figure.layout.images[2].opacity = controls["opacity"].value
                 figure.layout.shapes[0].update(y0=n, y1=n)
-            figure.layout.title.text = f"{title} <span style='font-size:13px'> slice {n} of {depth}, position {n / depth:.2f}</span>"
+            figure.layout.title.text = (
+                f"{title} <span style='font-size:13px'> slice {n} of {depth}, position {n / depth:.2f}</span>"
+            )
 
-    def jump(trace, points, state) -> None:
+    def jump(trace: Any, points: Any, state: Any) -> None:
         if points.point_inds:
             controls["slice"].value = points.point_inds[0] + 1
 
@@ -210,11 +266,19 @@ def volume_viewer(
         trace.on_click(jump)
     draw()
     picked = np.unique(np.linspace(0, depth - 1, min(depth, 6)).round().astype(int))
-    chosen = [None if m is None else np.asarray(m)[picked] for m in (label, prediction)]
+    truth, guess = (None if m is None else np.asarray(m)[picked] for m in (label, prediction))
     names = [f"slice {z + 1}" for z in picked]
-    twin = slice_grid(volume[picked], *chosen, names, classes, colours, title=title, aspect=aspect)
-    tip = "move the slice slider (or its arrow keys), or click a point of the area profile." if maps else "move the slice slider."
+    twin = slice_grid(volume[picked], truth, guess, names, classes, colours, title=title, aspect=aspect)
+    tip = (
+        "move the slice slider (or its arrow keys), or click a point of the area profile."
+        if maps
+        else "move the slice slider."
+    )
     boxes = [ipywidgets.HBox([controls[k] for k in ("slice", "opacity") if k in controls])]
     boxes += [controls["overlay"]] if maps else []
-    alt = f"{title}: six of {depth} slices from one end to the other" + (", with " + ", ".join(kinds) if kinds else "") + "."
+    alt = (
+        f"{title}: six of {depth} slices from one end to the other"
+        + (", with " + ", ".join(kinds) if kinds else "")
+        + "."
+    )
     return Explorer(stack(hint(tip), figure, *boxes), twin, alt, controls, {"volume": figure})

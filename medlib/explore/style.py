@@ -1,8 +1,10 @@
 """One look for every figure: the palettes and the plotly template ``medlib``.
 
-A figure is a card: near-white paper with dark ink, so that text and colours keep their contrast on a light page, on a dark
-page and in a printed one. It is 720 pixels wide, which fits a notebook cell.
+A figure is a card: near-white paper with dark ink, so that text and colours keep their contrast on a light page, on a
+dark page and in a printed one. It is 720 pixels wide, which fits a notebook cell.
 """
+
+from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -14,7 +16,18 @@ FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu 
 # Okabe and Ito's colours, told apart with the common colour vision deficiencies, the faint yellow left out.
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5b6672")
 # Paul Tol's "muted" set, for many categories of which only "same" or "other" matters (patients).
-CATEGORIES = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#5b6672")
+CATEGORIES = (
+    "#332288",
+    "#88CCEE",
+    "#44AA99",
+    "#117733",
+    "#999933",
+    "#DDCC77",
+    "#CC6677",
+    "#882255",
+    "#AA4499",
+    "#5b6672",
+)
 # Viridis without its palest tenth, which a near-white card would swallow. For the position of a slice, 0 to 1.
 POSITION_SCALE = ("#440154", "#472f7d", "#39568c", "#2a788e", "#1f988b", "#35b779", "#79d152", "#c2df23")
 DISAGREEMENT = "#E5007D"
@@ -35,7 +48,7 @@ def position_scale() -> list[tuple[float, str]]:
     return [(i / (len(POSITION_SCALE) - 1), colour) for i, colour in enumerate(POSITION_SCALE)]
 
 
-def bare_axis(**settings) -> dict:
+def bare_axis(**settings: Any) -> dict:
     """Settings of an axis that is not drawn."""
     return {"visible": False, "showgrid": False, "zeroline": False, **settings}
 

@@ -62,7 +62,12 @@ def cloud() -> tuple[dict[str, np.ndarray], np.ndarray, list[str], np.ndarray]:
     rng = numpy_generator(0, "cloud")
     line = positions[:, None] * rng.normal(size=(1, 12)) * 3 + rng.normal(size=(40, 12))
     patients = [f"patient{i // 8:03d}" for i in range(40)]
-    return {"noise": rng.normal(size=(40, 12)), "line": line}, positions, patients, rng.integers(0, 255, (40, 32, 32), np.uint8)
+    return (
+        {"noise": rng.normal(size=(40, 12)), "line": line},
+        positions,
+        patients,
+        rng.integers(0, 255, (40, 32, 32), np.uint8),
+    )
 
 
 def attraction(features: torch.Tensor, positions: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -77,7 +82,10 @@ def json_size(figure) -> int:
 def history() -> list[dict]:
     lines = [{"stage": "pretrain", "step": s, "time": 0.1, "lr": 1e-3, "relational": 2 / (s + 1)} for s in range(3000)]
     lines += [{"stage": "finetune", "step": s, "time": 0.1, "dice": 1 / (s + 1)} for s in range(50)]
-    return [*lines, *({"stage": "finetune", "step": s, "val_dice": {"RV": 0.2, "MYO": 0.5, "LV": 0.8}} for s in (10, 40))]
+    return [
+        *lines,
+        *({"stage": "finetune", "step": s, "val_dice": {"RV": 0.2, "MYO": 0.5, "LV": 0.8}} for s in (10, 40)),
+    ]
 
 
 def test_png_is_lossless_with_and_without_palette():
@@ -213,7 +221,9 @@ def test_embedding_explorer_follows_clicks_and_menus():
     assert not np.array_equal(before, figure.data[0].x)
     assert "rank correlation" in explorer.twin.layout.annotations[2].text
     assert json_size(explorer.twin) < 60_000
-    three = embedding_explorer({**methods, "twice": methods["line"] * 2}, positions, patients, thumbnails, projection="PCA")
+    three = embedding_explorer(
+        {**methods, "twice": methods["line"] * 2}, positions, patients, thumbnails, projection="PCA"
+    )
     three.controls["left"].value = "twice"
     assert "twice" in three.figures["embedding"].layout.annotations[0].text
     with pytest.raises(ValueError, match="lengths differ"):
@@ -241,7 +251,9 @@ def test_loss_explorer_moves_points_and_draws_the_slope():
 
 
 def test_loss_slider_redraws():
-    explorer = loss_slider(lambda slope: {"line": ([0, 1], [0, slope])}, {"slope": (0, 4, 1)}, title="t", x_title="x", y_title="y")
+    explorer = loss_slider(
+        lambda slope: {"line": ([0, 1], [0, slope])}, {"slope": (0, 4, 1)}, title="t", x_title="x", y_title="y"
+    )
     explorer.controls["slope"].value = 3.0
     assert list(explorer.figures["curves"].data[0].y) == [0, 3]
     assert list(explorer.twin.data[0].y) == [0, 1]
@@ -252,7 +264,8 @@ def test_without_a_browser_text_and_figure_remain(displayed):
     bundle, metadata = displayed[0]
     assert set(bundle) == {"application/vnd.plotly.v1+json", "text/plain"} and bundle["text/plain"] == "Loss falls."
     assert metadata == {}
-    json.dumps(bundle)
+    layout = json.loads(json.dumps(bundle))["application/vnd.plotly.v1+json"]["layout"]
+    assert layout["width"] == WIDTH and layout["height"] > 100  # JupyterLab would give a figure without height 360 px
     loss_slider(lambda a: {"l": ([0], [a])}, {"a": (0, 1, 0)}, title="t", x_title="x", y_title="y")._ipython_display_()
     assert set(displayed[1][0]) == {"application/vnd.jupyter.widget-view+json", "text/plain"}
     with pytest.raises(ValueError, match="alt must be a sentence"):
@@ -276,6 +289,8 @@ def test_picture_is_within_the_limit():
     image, label, prediction = heart()
     png = page.picture(slice_grid(image[:6], label[:6], prediction[:6], None, CLASSES, COLOURS))
     assert png is not None and png.startswith(b"\x89PNG") and len(png) <= page.PNG_LIMIT
+    single = page.picture(training_curves(history()), scale=1)
+    assert single is not None and struct.unpack(">I", single[16:20])[0] == WIDTH
 
 
 def test_nothing_here_hangs_a_headless_run():

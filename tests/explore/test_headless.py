@@ -2,7 +2,6 @@
 
 import nbformat
 import papermill
-import pytest
 
 SETUP = """
 import numpy as np, torch
@@ -19,7 +18,8 @@ CELLS = [
     " (255 * rng.random((24, 16, 16))).astype(np.uint8)); explorer.show(); explorer.controls['point'].value = 3",
     "loss_explorer(lambda f, p: (f.square().sum(1) * p).sum(), np.eye(2), [0.2, 0.8])",
     "loss_slider(lambda a: {'line': ([0, 1], [0, a])}, {'a': (0, 1, 0.5)}, title='t', x_title='x', y_title='y')",
-    "curves = live_curves(['loss'], interval=0.0)\nfor step in range(20):\n    curves.update('fit', step, {'loss': 1 / (step + 1)})\n"
+    "curves = live_curves(['loss'], interval=0.0)\n"
+    "for step in range(20):\n    curves.update('fit', step, {'loss': 1 / (step + 1)})\n"
     "curves.finish()",
     "show(slice_grid(image, label, label, **look), alt='Six slices.')",
 ]
@@ -37,5 +37,3 @@ def test_papermill_runs_every_widget(tmp_path, monkeypatch):
     assert [len(outputs) for outputs in shown] == [1, 1, 1, 1, 2, 1]
     assert all(output.data["text/plain"].strip() for outputs in shown for output in outputs)
     assert not [output for cell in done.cells for output in cell.outputs if output.output_type in ("stream", "error")]
-
-

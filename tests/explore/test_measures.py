@@ -22,7 +22,8 @@ def test_rank_correlation_is_one_on_an_arc_and_ignores_length():
 
 
 def test_rank_correlation_by_hand():
-    # Angles 0, 60, 90 degrees: distances AB .5, AC 1, BC .134. Positions 0, .1, 1: gaps .1, 1, .9. Ranks 2 3 1 and 1 3 2.
+    # Angles 0, 60, 90 degrees: distances AB .5, AC 1, BC .134. Positions 0, .1, 1: gaps .1, 1, .9. Ranks 2 3 1 and 1 3
+    # 2.
     features = on_an_arc(np.array([0, 2 / 3, 1]))
     assert rank_correlation(features, np.array([0, 0.1, 1.0])) == pytest.approx(0.5, abs=1e-12)
 
@@ -41,7 +42,8 @@ def test_alignment_is_one_on_a_line_and_minus_one_against_it():
 
 
 def test_alignment_counts_only_steps_between_patients():
-    # Each patient climbs along its own axis; the step between the two patients' first and last slices is all that counts.
+    # Each patient climbs along its own axis; the step between the two patients' first and last slices is all that
+    # counts.
     features, positions = np.array([[0, 0], [0, 1], [0, 0], [1, 0]], float), np.array([0, 1, 0, 1.0])
     within = np.array(["a", "a", "a", "a"])
     across = np.array(["a", "a", "b", "b"])
