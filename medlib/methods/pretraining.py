@@ -195,8 +195,8 @@ class PretrainThenFinetune(Method):
             finetune_steps=6, finetune_batch=4, finetune_learning_rate=2e-3,
         ),
         "laptop": dict(
-            image_size=96, spacing=2.5, width=16, projection_dim=128, pretrain_steps=400, pretrain_batch=16,
-            finetune_steps=400, finetune_learning_rate=2e-3,
+            image_size=80, spacing=3.0, width=16, projection_dim=128, pretrain_steps=400, pretrain_batch=16,
+            finetune_steps=600, finetune_learning_rate=2e-3,
         ),
         "paper": {},
     }  # fmt: skip
