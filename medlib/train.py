@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from medlib.data.batches import TrainingData
 from medlib.methods.base import Method, Stage, Streams
-from medlib.nets import seeded_init
+from medlib.nets import channels_last, seeded_init
 from medlib.rng import stream_seed
 
 CHECKPOINT = "checkpoint.pt"
@@ -125,7 +125,7 @@ def train(
     fabric = fabric or make_fabric()
     with seeded_init(seed, "weights"):
         networks = method.networks(data.classes)
-    networks.to(fabric.device)
+    channels_last(networks.to(fabric.device))
     results = []
     for stage in method.stages(data):
         loop = _Loop(

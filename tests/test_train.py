@@ -214,8 +214,8 @@ def test_what_a_stage_leaves_behind(tmp_path):
     assert max(validated) < 1e-5 and not trained.networks.training
     pretrain, finetune = (part.history() for part in trained.stages)
     assert {"total", "relational", "ordinal", "lr", "time", "step", "stage"} == set(pretrain[0])
-    assert [line["validation"] for line in finetune if "validation" in line] == [{"mean": 0.5}] * len(validated)
-    assert not any("validation" in line for line in pretrain)
+    assert [line["val_dice"] for line in finetune if "val_dice" in line] == [{"mean": 0.5}] * len(validated)
+    assert not any("val_dice" in line for line in pretrain)
     assert pretrain[0]["lr"] > pretrain[-1]["lr"]
     settings = json.loads((trained.stages[0].folder / "stage.json").read_text())
     assert settings["contrast"]["temperature"] == 0.1 and settings["method"] == "coral"
