@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medlib.data import Case, dataset_info
 from medlib.data.batches import Slices, TrainingData
@@ -161,12 +161,14 @@ def embed_slices(
     if stage is not None:
         networks = copy.deepcopy(networks)
         networks.load_state_dict(outcome.trained.state(stage))
+    if not head:
+        networks = nn.ModuleDict({name: network for name, network in networks.items() if name != "head"})
     device = next(networks.parameters()).device
     slices = Slices.of(volumes, (), "cpu")
     embed = outcome.method.embed  # type: ignore[attr-defined]
     with torch.inference_mode():
         chunks = slices.images.float().unsqueeze(1).split(32)
-        features = torch.cat([embed(networks, chunk.to(device), head=head).float().cpu() for chunk in chunks])
+        features = torch.cat([embed(networks, chunk.to(device)).float().cpu() for chunk in chunks])
     return SliceEmbeddings(
         features=features.numpy(),
         positions=slices.positions.numpy(),
