@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -177,21 +177,25 @@ class _Loop:
             return StageResult(self.stage.name, key, self.folder, self.stage.steps, saved["seconds"], reused=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = {"method": self.method.name, "seed": self.seed, **self.stage.describe()}
-        _write_text(self.folder / "stage.json", json.dumps(settings, indent=2, default=str) + "\n")
+        if self.fabric.is_global_zero:
+            _write_text(self.folder / "stage.json", json.dumps(settings, indent=2, default=str) + "\n")
         with _own_randomness(self.seed, self.stage.name, self.fabric.device), _interruptible() as interrupted:
             self._train(saved, interrupted)
         return StageResult(self.stage.name, key, self.folder, self.stage.steps, self.seconds, reused=False)
 
     def _train(self, saved: dict[str, Any] | None, interrupted: Callable[[], bool]) -> None:
-        streams = Streams(self.seed, self.stage.name, self.fabric.device)
+        fabric = self.fabric
+        streams = Streams(self.seed, self.stage.name, fabric.device, fabric.global_rank, fabric.world_size)
         self.networks.requires_grad_(True)
         with seeded_init(self.seed, self.stage.name, "weights"):  # modules that only this stage has
             work = self.stage.begin(self.networks, self.data, streams)
         work.to(self.fabric.device)
         self.work, self.streams = work, streams
+        if fabric.world_size > 1:
+            work.gather = self._gather
         if saved is not None:
             self._restore(saved)
-        else:
+        elif fabric.is_global_zero:
             (self.folder / METRICS).write_text("")
         runner, optimizer = self.fabric.setup(work, work.optimizer)
         every = self.validate_every or max(1, self.stage.steps // 4)
@@ -234,6 +238,11 @@ class _Loop:
                         f"stopped at step {self.step} of {self.stage.steps} of {self.stage.name}; the checkpoint is "
                         "written, the same call goes on from there"
                     )
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes. Each computes the whole loss, so that gradients are those of one process."""
+        gathered = self.fabric.all_gather(tensor, sync_grads=tensor.is_floating_point())  # (world, B, ...)
+        return cast(Tensor, gathered).flatten(0, 1)
 
     def _log(self, terms: Mapping[str, Tensor], finite: Mapping[str, Tensor], rate: float) -> dict[str, float]:
         self._check_finite(finite)

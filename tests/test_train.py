@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from medlib.methods import build
 from medlib.methods.baselines import Supervised
 from medlib.methods.pretraining import _Pretraining
+from medlib.paths import PROJECT
 from medlib.train import NonFiniteLoss, Trained, make_fabric, train
 from tests.tiny import SETTINGS, training_data
 
@@ -28,9 +31,8 @@ def run(name: str, folder: Path, *, seed: int = 0, labelled: int = 1, method=Non
     options = {k: settings.pop(k) for k in ("callback", "checkpoint_seconds", "log_every", "validate") if k in settings}
     method = method or build(name, **{**SETTINGS, **settings})
     data = training_data(labelled=labelled)
-    return train(
-        method, data, seed=seed, output_dir=folder, fabric=make_fabric("cpu"), progress=False, **{"log_every": 2, **options}
-    )  # fmt: skip
+    options = {"log_every": 2, "progress": False, **options}
+    return train(method, data, seed=seed, output_dir=folder, fabric=make_fabric("cpu"), **options)
 
 
 def weights(trained: Trained) -> dict[str, Tensor]:
@@ -240,3 +242,17 @@ def test_an_unknown_or_absent_device_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="sees no GPU"):
             make_fabric("cuda")
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    """Embeddings are gathered with their gradients: the contrast sees the whole batch on every process."""
+    states = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        command = [sys.executable, "-m", "tests.two_processes", str(processes), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=PROJECT)
+        assert done.returncode == 0, done.stderr[-2000:]
+        states.append(torch.load(folder / "pretrained.pt", weights_only=True))
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, atol=1e-4, rtol=1e-3, msg=name)

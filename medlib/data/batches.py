@@ -83,25 +83,29 @@ class ShuffledRows:
         rows: (N,) int64, on the device the batches shall be on.
         batch_size: rows a batch; may exceed N, a batch then holds rows more than once.
         generator: draws the orders; on the device of ``rows``.
+        rank, world: of ``world`` processes that draw the same batches, this one takes every ``world``-th row.
     """
 
-    def __init__(self, rows: Tensor, batch_size: int, generator: torch.Generator):
+    def __init__(self, rows: Tensor, batch_size: int, generator: torch.Generator, rank: int = 0, world: int = 1):
         if len(rows) == 0:
             raise ValueError("there is nothing to draw from: no row (is a patient labelled?)")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size % world:
+            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {world} processes")
+        self.rank, self.world = rank, world
         self.rows = rows
         self.batch_size = batch_size
         self.generator = generator
         self.waiting = rows[:0]  # drawn into an order, not yet into a batch
 
     def draw(self) -> Tensor:
-        """The next ``batch_size`` rows."""
+        """The next ``batch_size`` rows, or this process's share of them."""
         while len(self.waiting) < self.batch_size:
             order = torch.randperm(len(self.rows), generator=self.generator, device=self.rows.device)
             self.waiting = torch.cat([self.waiting, self.rows[order]])
         batch, self.waiting = self.waiting[: self.batch_size], self.waiting[self.batch_size :]
-        return batch
+        return batch[self.rank :: self.world]
 
 
 @dataclass

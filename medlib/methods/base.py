@@ -24,15 +24,26 @@ SCALES = ("ci", "laptop", "paper")
 
 
 class Streams:
-    """The named random streams of one stage on one device; their states travel with the checkpoint."""
+    """The named random streams of one stage on one device; their states travel with the checkpoint.
 
-    def __init__(self, seed: int, stage: str, device: torch.device | str):
+    Args:
+        rank, world: number of this process and of all processes that train together.
+    """
+
+    def __init__(self, seed: int, stage: str, device: torch.device | str, rank: int = 0, world: int = 1):
         self.seed = seed
         self.stage = stage
         self.device = device
+        self.rank = rank
+        self.world = world
         self._generators: dict[str, torch.Generator] = {}
 
+    def own(self, name: str) -> torch.Generator:
+        """A stream that differs between the processes: for augmentation."""
+        return self[name if self.rank == 0 else f"{name} of rank {self.rank}"]
+
     def __getitem__(self, name: str) -> torch.Generator:
+        """A stream that is the same in all processes: for choosing a batch, of which each takes its share."""
         if name not in self._generators:
             self._generators[name] = generator(self.seed, self.stage, name, device=self.device)
         return self._generators[name]
@@ -53,6 +64,7 @@ class Work(nn.Module, ABC):
     """
 
     samplers: dict[str, ShuffledRows]
+    gather: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)  # (B, ...) of all processes, with gradient
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
 

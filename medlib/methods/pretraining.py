@@ -72,7 +72,7 @@ class _Pretraining(Work):
         self.slices = data.slices(streams.device, everything=stage.everything)
         self.encoder, self.head, self.contrast = unet_of(networks).encoder, networks["head"], networks["contrast"]
         rows = torch.arange(len(self.slices), device=self.slices.images.device)
-        self.samplers = {"slices": ShuffledRows(rows, stage.batch_size, streams["sample"])}
+        self.samplers = {"slices": ShuffledRows(rows, stage.batch_size, streams["sample"], streams.rank, streams.world)}
         # The learnable direction of CORAL is in the same parameter group as the network, as in the released code.
         self.optimizer = torch.optim.SGD(
             self.parameters(), lr=stage.learning_rate, momentum=stage.momentum, weight_decay=stage.weight_decay
@@ -84,7 +84,7 @@ class _Pretraining(Work):
         images, _ = self.slices.batch(rows)
         side = images.shape[-1]
         first, second = (
-            self.stage.augmentation.draw(len(rows), side, self.streams["augment"]).images(images) for _ in range(2)
+            self.stage.augmentation.draw(len(rows), side, self.streams.own("augment")).images(images) for _ in range(2)
         )
         where = {name: getattr(self.slices, name)[rows] for name in ("positions", "index", "depth")}
         return {"first": first, "second": second, **where}
@@ -94,7 +94,7 @@ class _Pretraining(Work):
             embeddings = [self.head(self.encoder(view)[-1]) for view in (first, second)]
         else:
             embeddings = self.head(self.encoder(torch.cat([first, second]))[-1]).chunk(2)
-        return self.contrast(*embeddings, **where)
+        return self.contrast(*map(self.gather, embeddings), **{name: self.gather(part) for name, part in where.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,9 @@ class _Finetuning(Work):
         self.unet = unet_of(networks)
         self.unet.encoder.requires_grad_(not stage.frozen)
         rows = self.slices.labelled.nonzero().squeeze(1)
-        self.samplers = {"labelled": ShuffledRows(rows, stage.batch_size, streams["sample"])}
+        self.samplers = {
+            "labelled": ShuffledRows(rows, stage.batch_size, streams["sample"], streams.rank, streams.world)
+        }
         self.optimizer = torch.optim.Adam(
             [parameter for parameter in self.unet.parameters() if parameter.requires_grad],
             lr=stage.learning_rate,
@@ -141,7 +143,7 @@ class _Finetuning(Work):
 
     def draw(self) -> dict[str, Tensor]:
         images, labels = self.slices.batch(self.samplers["labelled"].draw())
-        warp = self.stage.augmentation.draw(len(images), images.shape[-1], self.streams["augment"])
+        warp = self.stage.augmentation.draw(len(images), images.shape[-1], self.streams.own("augment"))
         return {"images": warp.images(images), "labels": warp.labels(labels)}
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
