@@ -52,4 +52,6 @@ class Coral(PretrainThenFinetune):
         return {name: getattr(self, name) for name in names}
 
     def contrast(self) -> SliceContrast:
-        return _CoralContrast(CoralLoss(self.projection_dim, **self.contrast_settings()))
+        # initial weights come from the surrounding seeded_init, and so does the initial direction
+        loss = CoralLoss(self.projection_dim, **self.contrast_settings(), generator=torch.default_generator)
+        return _CoralContrast(loss)
