@@ -11,7 +11,7 @@ from IPython.display import display
 from plotly.subplots import make_subplots
 
 from medlib.explore.pixels import encode_png
-from medlib.explore.show import show
+from medlib.explore.show import redraw, show
 from medlib.explore.style import INK, MUTED, SERIES, TEMPLATE, method_colours
 
 _NOT_TERMS = {"stage", "step", "time", "lr", "val_dice"}
@@ -231,17 +231,15 @@ class LiveCurves:
 
     def _draw(self) -> None:
         assert self.figure is not None
-        with self.figure.batch_update():
-            for trace in self.figure.data:
-                logged = [
-                    (self._starts[h["stage"]] + h["step"], h[trace.name]) for h in self.history if trace.name in h
-                ]
-                if logged:
-                    trace.x, trace.y = _thin(*zip(*logged, strict=True))
-            latest = self.history[-1]
-            parts = [f"{n} {latest[n]:.3f}" for n in self.names if n in latest]
-            state = f"{latest['stage']}, step {latest['step']} · " + " · ".join(parts)
-            self.figure.layout.title.text = f"{self.title} <span style='font-size:13px'> {state}</span>"
+        for trace in self.figure.data:
+            logged = [(self._starts[h["stage"]] + h["step"], h[trace.name]) for h in self.history if trace.name in h]
+            if logged:
+                x, y = _thin(*zip(*logged, strict=True))
+                redraw(trace, x=x, y=y)
+        latest = self.history[-1]
+        parts = [f"{n} {latest[n]:.3f}" for n in self.names if n in latest]
+        state = f"{latest['stage']}, step {latest['step']} · " + " · ".join(parts)
+        self.figure.layout.title.text = f"{self.title} <span style='font-size:13px'> {state}</span>"
         self._drawn = time.monotonic()
 
 

@@ -13,7 +13,7 @@ from sklearn.manifold import TSNE
 
 from medlib.explore import pixels
 from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation, unit
-from medlib.explore.show import Explorer, hint, stack
+from medlib.explore.show import Explorer, hint, redraw, stack
 from medlib.explore.style import DISAGREEMENT, INK, MUTED, TEMPLATE, category_colours, position_scale
 
 PROJECTIONS = ("PCA", "t-SNE")
@@ -218,19 +218,18 @@ def embedding_explorer(
     def mark(change: object = None) -> None:
         point, kind = controls["point"].value, controls["projection"].value
         found = {name: nearest(features[name], point) for name in dict.fromkeys(names())}
-        with figure.batch_update():
-            for i, name in enumerate(names()):
-                at = plane(name, kind)
-                near, self_ = figure.data[drawn + 2 * i], figure.data[drawn + 2 * i + 1]
-                near.x, near.y = at[found[name], 0], at[found[name], 1]
-                self_.x, self_.y = at[[point], 0], at[[point], 1]
+        for i, name in enumerate(names()):
+            at = plane(name, kind)
+            redraw(figure.data[drawn + 2 * i], x=at[found[name], 0], y=at[found[name], 1])
+            redraw(figure.data[drawn + 2 * i + 1], x=at[[point], 0], y=at[[point], 1])
         strip.value = _strip(point, found, thumbs, positions, owners, hover)
 
     def move(change: object = None) -> None:
         kind = controls["projection"].value
+        for i, name in enumerate(names()):
+            redraw(figure.data[i], x=plane(name, kind)[:, 0], y=plane(name, kind)[:, 1])
         with figure.batch_update():
             for i, name in enumerate(names()):
-                figure.data[i].x, figure.data[i].y = plane(name, kind)[:, 0], plane(name, kind)[:, 1]
                 figure.layout.annotations[i].text = f"<b>{name}</b>"
                 figure.layout.annotations[drawn + i].text = notes[name]
             figure.layout.title.text = f"{title} ({kind})"
@@ -251,9 +250,9 @@ def embedding_explorer(
         if points.point_inds:
             controls["point"].value = points.point_inds[0]
 
-    for name, redraw in _observers(mark, move, paint).items():
+    for name, answer in _observers(mark, move, paint).items():
         if name in controls:
-            controls[name].observe(redraw, names="value")
+            controls[name].observe(answer, names="value")
     for trace in figure.data[:drawn]:
         trace.on_click(click)
     mark()

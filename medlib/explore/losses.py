@@ -11,7 +11,7 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from medlib.explore.show import Explorer, hint, stack
+from medlib.explore.show import Explorer, hint, redraw, stack
 from medlib.explore.style import CARD, GRID, INK, MUTED, SERIES, TEMPLATE, position_scale
 
 Range = tuple[float, float, float]  # smallest, largest and first value of a slider
@@ -78,9 +78,9 @@ def loss_slider(
 
     def draw(change: object = None) -> None:
         drawn = curves(**values())
-        with figure.batch_update():
-            for trace in figure.data:
-                trace.x, trace.y = (list(v) for v in drawn[trace.name])
+        for trace in figure.data:
+            x, y = drawn[trace.name]
+            redraw(trace, x=list(x), y=list(y))
 
     for control in controls.values():
         control.observe(draw, names="value")
@@ -216,14 +216,15 @@ def loss_explorer(
             figure.layout.annotations = [
                 _arrow(p, v / unit_push) for p, v in zip(at, push, strict=True) if np.hypot(*v) > 1e-6 * unit_push
             ]
-            dots = figure.data[1]
-            dots.x, dots.y = at[:, 0], at[:, 1]
-            dots.marker.line.color = [SERIES[1] if i == chosen else CARD for i in range(len(at))]
-            dots.marker.line.width = [4 if i == chosen else 2 for i in range(len(at))]
-            figure.data[2].x, figure.data[2].y = turn, np.round(landscape, 5)
-            figure.data[3].x, figure.data[3].y = [controls["angle"].value], [round(value, 5)]
             figure.layout.xaxis2.title.text = f"angle of {letters[chosen]}"
             figure.layout.title.text = f"{title} <span style='font-size:14px'> loss {value:.3f}</span>"
+        rims = {
+            "color": [SERIES[1] if i == chosen else CARD for i in range(len(at))],
+            "width": [4 if i == chosen else 2 for i in range(len(at))],
+        }
+        redraw(figure.data[1], x=at[:, 0].copy(), y=at[:, 1].copy(), **{"marker.line": rims})
+        redraw(figure.data[2], y=np.round(landscape, 5))
+        redraw(figure.data[3], x=[controls["angle"].value], y=[round(value, 5)])
 
     def choose(change: object = None) -> None:
         x, y = moved[controls["point"].value]

@@ -146,6 +146,17 @@ class Explorer:
         self.show()
 
 
+def redraw(trace: Any, **values: Any) -> None:
+    """Set properties of one trace of a live figure, in one message.
+
+    Never several traces in one ``batch_update``: plotly leaves out values that did not change, and the page then
+    deletes a property in those traces where it did not.
+    """
+    with trace.figure.batch_update():
+        for name, value in values.items():
+            trace[name] = value
+
+
 def hint(text: str) -> ipywidgets.HTML:
     """One line above a widget that says what to try, in the colours of the reader's theme."""
     style = "color:var(--jp-ui-font-color1,#1f2933);font-size:13px;line-height:1.45;max-width:720px"

@@ -9,6 +9,7 @@ from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 import torch
 
@@ -257,6 +258,29 @@ def test_loss_slider_redraws():
     explorer.controls["slope"].value = 3.0
     assert list(explorer.figures["curves"].data[0].y) == [0, 3]
     assert list(explorer.twin.data[0].y) == [0, 1]
+
+
+def test_a_page_is_told_about_one_trace_at_a_time(monkeypatch, displayed):
+    """Of several traces in one message the page deletes what did not change: see ``show.redraw``."""
+    told: list[list[int]] = []
+
+    def send(self, *args, **kwargs) -> None:
+        traces = kwargs.get("trace_indexes", args[1] if len(args) == 2 else args[2] if len(args) > 2 else None)
+        told.append(list(np.atleast_1d(traces)) if traces is not None else [])
+
+    for name in ("_send_restyle_msg", "_send_update_msg"):
+        monkeypatch.setattr(go.FigureWidget, name, send)
+    methods, positions, patients, thumbnails = cloud()
+    loss = loss_explorer(attraction, np.eye(2), [0, 1], {"temperature": (0.5, 2, 1)})
+    embedding = embedding_explorer(methods, positions, patients, thumbnails, projection="PCA")
+    curves = live_curves(["relational", "dice"], interval=0.0)
+    loss.controls["angle"].value = 33.0
+    loss.controls["temperature"].value = 2.0
+    embedding.controls["point"].value = 5
+    embedding.controls["projection"].value = "t-SNE"
+    curves.update("pretrain", 1, {"relational": 2.0})
+    curves.update("finetune", 1, {"dice": 2.0})
+    assert len(told) > 10 and max(map(len, told)) == 1
 
 
 def test_without_a_browser_text_and_figure_remain(displayed):
