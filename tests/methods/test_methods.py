@@ -49,7 +49,7 @@ def test_a_scale_changes_sizes_and_lengths_only():
             for field in dataclasses.fields(build("coral"))
             if getattr(build("coral", scale=scale), field.name) != getattr(build("coral"), field.name)
         }
-        assert changed <= sizes | lengths | {"finetune_learning_rate"}, changed
+        assert changed <= sizes | lengths | {"pretrain_learning_rate", "finetune_learning_rate"}, changed
 
 
 def test_released_variant_is_the_code_and_a_setting_overrules_it():
