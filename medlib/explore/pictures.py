@@ -178,7 +178,7 @@ def split_picture(splits: Mapping[str, Split], *, title: str) -> go.Figure:
         template=TEMPLATE,
         title=title,
         height=110 + 34 * len(splits),
-        margin={"t": 72},
+        margin={"t": 72, "l": 88},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yref": "container", "yanchor": "top"},
         xaxis={"title": "patient", "showgrid": False},
         yaxis={"categoryorder": "array", "categoryarray": list(splits)[::-1]},
