@@ -1,0 +1,53 @@
+"""A sweep leaves one record a run, skips what it has, and shares pre-training between its runs."""
+
+import pytest
+
+from medlib.__main__ import main
+from medlib.data import write_phantoms
+from medlib.results import load_records, table
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_phantoms("acdc", tmp_path_factory.mktemp("sweep") / "phantoms", patients=10, seed=0, cine_frames=0)
+
+
+def sweep(root, folder, *extra: str) -> int:
+    fixed = ["--scale", "ci", "--device", "cpu", "--phantom", "--records", str(folder / "records")]
+    return main(["sweep", "acdc", str(root), *fixed, "--output-dir", str(folder / "runs"), *extra])
+
+
+def test_a_grid_of_runs(root, tmp_path, capsys):
+    grid = ["--methods", "supervised", "coral", "--labelled", "1", "2", "--seeds", "0"]
+    assert sweep(root, tmp_path, *grid) == 0
+    records = load_records(tmp_path / "records")
+    assert len(records) == 4 and len(list((tmp_path / "runs" / "stages").glob("coral-pretrain-*"))) == 1
+    assert all(record.data["kind"] == "phantom" and record.test is None for record in records)
+    assert set(table(records, part="val").index) == {(m, n) for m in ("supervised", "coral") for n in (1, 2)}
+    capsys.readouterr()
+    assert sweep(root, tmp_path, *grid) == 0
+    assert capsys.readouterr().out.count("there already") == 4
+
+
+def test_settings_reach_the_runs_and_their_names(root, tmp_path):
+    extra = ["-s", "frozen", "False", "-s", "finetune_steps", "3", "--name", "tuned", "--open-test"]
+    assert sweep(root, tmp_path, "--methods", "coral", "--labelled", "1", "--seeds", "3", *extra) == 0
+    [path] = (tmp_path / "records").iterdir()
+    assert path.name == "coral-tuned-1p-s3.record.json"
+    [record] = load_records(tmp_path / "records")
+    assert record.settings["frozen"] is False and record.settings["finetune_steps"] == 3 and record.test is not None
+    assert "-s frozen False" in record.command and str(tmp_path) not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--methods", "corall", "--labelled", "1"], "unknown method 'corall'"),
+        (["--methods", "coral", "--labelled", "99"], "labelled must be 1..7"),
+        (["--methods", "coral", "--labelled", "1", "-s", "temprature", "1"], "did you mean 'temperature'"),
+    ],
+)
+def test_a_wrong_call_ends_before_anything_runs(root, tmp_path, capsys, wrong, message):
+    assert sweep(root, tmp_path, *wrong) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
