@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from medlib import data, notebook
+from medlib.methods import build
 from medlib.notebook import check, start
+from medlib.results import load_records
 
 
 @pytest.fixture
@@ -128,6 +130,31 @@ def test_phantoms_are_drawn_once(
     assert written
     assert session.cases() == cases
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nii*")}
+
+
+def test_a_run_leaves_one_record_with_the_command_that_repeats_it(
+    namespace: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notebook, "DATA", tmp_path)
+    monkeypatch.setattr("medlib.experiment.CACHE", tmp_path / "cache")
+    monkeypatch.setattr(notebook, "PHANTOM_PATIENTS", {"ci": 4})
+    namespace["scale"] = "ci"
+    session = start(namespace, own=["variant"], notebook="04_coral")
+    method = build("supervised", scale="ci", finetune_steps=1)
+    training = session.data(method)
+    assert len(training.split.labelled) == 1 and training.test
+    for _ in range(2):
+        outcome = session.run(method, training)
+    (saved,) = load_records(session.output_dir)
+    assert saved.method == "supervised" and saved.test is not None and outcome.reported[0] == "test"
+    assert saved.command == session.command()
+    for word in ("medlib run 04_coral", "-p ratio 0.1", "-p scale ci", "-p data_root phantom", "-p variant paper"):
+        assert word in saved.command
+
+
+def test_a_definition_is_shown_as_it_stands_in_the_library() -> None:
+    shown = notebook.show_source(square)._repr_markdown_()
+    assert shown.startswith("```python\ndef square(") and shown.endswith("return values**2\n```")
 
 
 def square(values: torch.Tensor) -> torch.Tensor:
