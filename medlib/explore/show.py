@@ -19,7 +19,7 @@ from medlib.explore.pixels import decode_canvas, encode_png, fewer_colours
 PNG_LIMIT = 150_000  # bytes of one picture in a committed notebook
 # Pixels per unit of the figure and colours merged, from the best to the smallest: the first within the limit is taken.
 _LADDER = ((2, 1), (2, 8), (1.5, 8), (1, 1), (1, 8), (1, 14))
-_SECONDS = 60.0  # a browser that has not drawn by then will not
+_SECONDS = 120.0  # a browser that has not drawn by then, on a busy machine, will not
 _browser: list[bool] = []  # empty: not looked for yet; one entry: whether pictures can be drawn
 
 
