@@ -9,8 +9,8 @@ from medlib.data.splits import Split
 
 SIDE = 32
 SETTINGS = dict(
-    image_size=SIDE, spacing=None, width=2, projection_dim=8, pretrain_steps=6, pretrain_batch=4, finetune_steps=6,
-    finetune_batch=3, finetune_learning_rate=1e-2,
+    image_size=SIDE, spacing=None, width=2, projection_dim=8, pretrain_steps=6, pretrain_batch=4,
+    pretrain_learning_rate=0.02, finetune_steps=6, finetune_batch=3, finetune_learning_rate=1e-2,
 )  # fmt: skip
 
 

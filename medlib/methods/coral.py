@@ -52,6 +52,6 @@ class Coral(PretrainThenFinetune):
         return {name: getattr(self, name) for name in names}
 
     def contrast(self) -> SliceContrast:
-        # initial weights come from the surrounding seeded_init, and so does the initial direction
+        # the initial direction, too, comes from the surrounding seeded_init
         loss = CoralLoss(self.projection_dim, **self.contrast_settings(), generator=torch.default_generator)
         return _CoralContrast(loss)

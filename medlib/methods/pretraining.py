@@ -216,21 +216,20 @@ class PretrainThenFinetune(Method):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-    def contrast(self) -> SliceContrast | None:
-        """The pre-training loss with its settings, or None: no pre-training."""
-        return None
+    def contrast(self) -> SliceContrast:
+        """A new pre-training loss; its initial weights, if any, come from the surrounding `medlib.nets.seeded_init`."""
+        raise ValueError(f"{self.name} does not pre-train")
 
-    def contrast_settings(self) -> dict[str, Any]:
-        """What of the method's settings defines that loss; part of the pre-training's identity."""
-        return {}
+    def contrast_settings(self) -> dict[str, Any] | None:
+        """What of the method's settings defines that loss, part of the pre-training's identity; None: no pre-training."""
+        return None
 
     def networks(self, classes: int) -> nn.ModuleDict:
         unet = coral_unet(classes, self.width)
         networks = nn.ModuleDict({"unet": unet})
-        contrast = self.contrast()
-        if contrast is not None:
+        if self.contrast_settings() is not None:
             networks["head"] = ProjectionHead(16 * self.width, self.projection_dim)
-            networks["contrast"] = contrast
+            networks["contrast"] = self.contrast()
         return networks
 
     def stages(self, data: TrainingData) -> list[Stage]:
@@ -250,14 +249,15 @@ class PretrainThenFinetune(Method):
             frozen=self.frozen,
             augmentation=self.augmentation,
         )
-        if self.contrast() is None:
+        contrast = self.contrast_settings()
+        if contrast is None:
             return [finetuning]
         pretraining = ContrastivePretraining(
             name="pretrain",
             uses_labels=False,
             everything=self.transductive,
             steps=length(self.pretrain_steps, self.pretrain_epochs, len(slices), self.pretrain_batch),
-            contrast={"method": self.name, **self.contrast_settings()},
+            contrast={"method": self.name, **contrast},
             batch_size=self.pretrain_batch,
             learning_rate=self.pretrain_learning_rate,
             momentum=self.momentum,
