@@ -221,7 +221,7 @@ class PretrainThenFinetune(Method):
         raise ValueError(f"{self.name} does not pre-train")
 
     def contrast_settings(self) -> dict[str, Any] | None:
-        """What of the method's settings defines that loss, part of the pre-training's identity; None: no pre-training."""
+        """What of the settings defines that loss, part of the pre-training's identity; None: no pre-training."""
         return None
 
     def networks(self, classes: int) -> nn.ModuleDict:
