@@ -1,6 +1,6 @@
 """CORAL: relational and ordinal anatomical learning (arXiv 2511.11276, section 2).
 
-Slices of a heart lie on a line from base to apex. Two losses bring that line into the features h_i of slices at
+Slices of a heart lie on a line from apex to base. Two losses bring that line into the features h_i of slices at
 positions p_i in [0, 1]:
 
 - relational (eq. 3-4): seen from any slice, the slice nearer in position is nearer in feature space;

@@ -167,7 +167,7 @@ def available() -> dict[str, type[Method]]:
 def build(name: str, *, scale: str = "paper", **settings: Any) -> Method:
     """The method ``name`` at ``scale``, with ``settings`` on top.
 
-    A scale changes sizes and lengths, never the algorithm; "paper" is the paper's own, "laptop" takes minutes on two
+    A scale changes sizes, lengths and learning rates, never the algorithm; "paper" is the paper's own, "laptop" takes minutes on two
     CPU cores, "ci" seconds. A setting given here overrules the variant, and the variant the scale.
 
     Raises:
