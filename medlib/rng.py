@@ -1,7 +1,7 @@
 """Named random streams.
 
 The library never touches global random state. Each stream (split, initialisation, augmentation, sampling, ...) draws
-from a generator of its own, seeded by ``(seed, name)``, so that a draw more in one stream leaves all others as they are.
+from a generator of its own, seeded by ``(seed, name)``: one more draw in one stream leaves the others alone.
 """
 
 import hashlib

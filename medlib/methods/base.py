@@ -167,8 +167,8 @@ def available() -> dict[str, type[Method]]:
 def build(name: str, *, scale: str = "paper", **settings: Any) -> Method:
     """The method ``name`` at ``scale``, with ``settings`` on top.
 
-    A scale changes sizes, lengths and learning rates, never the algorithm; "paper" is the paper's own, "laptop" takes minutes on two
-    CPU cores, "ci" seconds. A setting given here overrules the variant, and the variant the scale.
+    A scale changes sizes, lengths and learning rates, never the algorithm; "paper" is the paper's own, "laptop" takes
+    minutes on two CPU cores, "ci" seconds. A setting given here overrules the variant, and the variant the scale.
 
     Raises:
         ValueError: unknown method, scale or setting; the message lists the known ones.
