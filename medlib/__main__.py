@@ -139,7 +139,7 @@ def command_sweep(options: argparse.Namespace) -> int:
 def read_value(text: str) -> object:
     """A number, True, False or None as Python reads it; anything else is a text."""
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
     except (ValueError, SyntaxError):
         return text
 

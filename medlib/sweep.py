@@ -1,6 +1,9 @@
 """Many runs of one comparison: methods x labelled patients x seeds, one record each, resumable at any point."""
 
+import dataclasses
 import itertools
+import json
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -11,9 +14,9 @@ from typing import Any
 from medlib import experiment
 from medlib.data import read_dataset
 from medlib.data.splits import split_cases
-from medlib.methods import build
+from medlib.methods import Method, build
 from medlib.paths import resolve
-from medlib.results.records import SUFFIX
+from medlib.results.records import SUFFIX, RunRecord, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class Sweep:
         for number, (seed, labelled, method) in enumerate(grid, start=1):
             path = resolve(self.records) / record_name(method, self.name, labelled, seed)
             if path.exists():
+                self._check_same(read_record(path), methods[method], path)
                 print(f"[{number}/{len(grid)}] {path.name}: there already", flush=True)
                 continue
             started = time.monotonic()
@@ -68,6 +72,22 @@ class Sweep:
             outcome.record(scale=self.scale, root=root, command=command).save(path)
             dice, took = outcome.val.summary["mean"]["dice"], time.monotonic() - started
             print(f"[{number}/{len(grid)}] {path.name}: validation Dice {dice:.3f}, {took:.0f} s", flush=True)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.=+]*", self.name):
+            raise ValueError(f"name becomes part of file names: letters, digits and ._=+ only, got {self.name!r}")
+        if any(seed < 0 for seed in self.seeds):
+            raise ValueError(f"seeds must be 0 or more, got {list(self.seeds)}")
+
+    def _check_same(self, record: RunRecord, method: Method, path: Path) -> None:
+        """ValueError unless the record on disk is of the run that is asked for."""
+        asked = json.loads(json.dumps(dataclasses.asdict(method)))
+        differing = sorted(key for key in asked if asked[key] != record.settings.get(key))
+        if differing or record.scale != self.scale:
+            raise ValueError(
+                f"{path.name} is of a run with other settings ({', '.join(differing) or 'scale'}); "
+                "tell the two apart with --name, or choose another --records folder"
+            )
 
     def command(self, method: str, labelled: int, seed: int) -> str:
         """The command that makes one record again."""

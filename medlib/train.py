@@ -57,6 +57,8 @@ class StageResult:
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of its metrics file, oldest first."""
+        if not (self.folder / METRICS).exists():
+            return []
         lines = []
         for line in (self.folder / METRICS).read_text().splitlines(keepends=True):
             if line.endswith("\n"):  # a run that was killed may leave half a line at the end
@@ -221,7 +223,7 @@ class _Loop:
                     ok = torch.isfinite(term.detach())
                     finite[name] = finite[name] & ok if name in finite else ok
                 bar.update()
-                last = self.step == self.stage.steps
+                last = self.step >= self.stage.steps
                 if last or self.step % self.log_every == 0 or self.step == 1:
                     values = self._log(terms, finite, optimizer.param_groups[0]["lr"])
                     bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
@@ -262,8 +264,9 @@ class _Loop:
             culprits = [name for name in bad if name != "total"] or bad
             raise NonFiniteLoss(
                 f"loss term {', '.join(culprits)} of {self.method.name}'s stage {self.stage.name!r} became infinite or "
-                f"not a number within the {self.log_every} steps before step {self.step}; the last checkpoint in "
-                f"{self.folder.name} is from before. A lower learning rate or float32 precision is the usual cure."
+                f"not a number within the {min(self.log_every, self.step)} steps before step {self.step}; a checkpoint "
+                f"in {self.folder.name}, if there is one, is from before. A lower learning rate or float32 precision is "
+                "the usual cure."
             )
 
     def _validate(self, bar: "tqdm[Any]") -> None:
@@ -309,6 +312,12 @@ class _Loop:
             "dropout_cuda": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
         }
         if self.step >= self.stage.steps:  # done: only what later stages and readers need
+            weights = [tensor for tensor in state["networks"].values() if tensor.is_floating_point()]
+            if not torch.stack([torch.isfinite(tensor).all() for tensor in weights]).all():
+                raise NonFiniteLoss(
+                    f"{self.method.name}'s stage {self.stage.name!r} ended with weights that are infinite or not a "
+                    "number; nothing was kept of it. A lower learning rate is the usual cure."
+                )
             state = {name: state[name] for name in ("step", "seconds", "networks")}
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=CHECKPOINT, delete=False) as file:
             try:
@@ -325,10 +334,14 @@ class _Loop:
         if not path.exists():
             return None
         try:
-            return torch.load(path, map_location=self.fabric.device, weights_only=True)
+            saved: dict[str, Any] = torch.load(path, map_location=self.fabric.device, weights_only=True)
+            if missing := {"step", "seconds", "networks"} - set(saved):
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            return saved
         except Exception as error:
             raise RuntimeError(
-                f"the checkpoint {path} cannot be read ({error}); delete its folder to train this stage anew"
+                f"the checkpoint {path} cannot be read ({error or type(error).__name__}); "
+                "delete its folder to train this stage anew"
             ) from error
 
     def _restore(self, saved: dict[str, Any]) -> None:

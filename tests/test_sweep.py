@@ -51,3 +51,12 @@ def test_a_wrong_call_ends_before_anything_runs(root, tmp_path, capsys, wrong, m
     assert sweep(root, tmp_path, *wrong) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_record_of_other_settings_is_not_taken_for_the_run(root, tmp_path, capsys):
+    call = ["--methods", "supervised", "--labelled", "1", "--seeds", "0"]
+    assert sweep(root, tmp_path, *call) == 0
+    assert sweep(root, tmp_path, *call, "-s", "finetune_steps", "3") == 2
+    assert "other settings (finetune_steps)" in capsys.readouterr().err
+    for wrong in (["--name", "../up"], ["-s", "frozen", "maybe"], ["-s", "finetune_steps", "0"]):
+        assert sweep(root, tmp_path, *call, *wrong) == 2

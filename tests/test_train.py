@@ -258,3 +258,16 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         states.append(torch.load(folder / "pretrained.pt", weights_only=True))
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_a_diverged_stage_is_not_kept(tmp_path):
+    with pytest.raises(NonFiniteLoss):
+        run("coral", tmp_path, pretrain_learning_rate=1e20)
+    assert all(torch.load(path, weights_only=True)["step"] < 6 for path in tmp_path.rglob("checkpoint.pt"))
+
+
+def test_a_checkpoint_of_something_else_is_named(tmp_path):
+    folder = run("supervised", tmp_path).stages[0].folder
+    torch.save({"a": 1}, folder / "checkpoint.pt")
+    with pytest.raises(RuntimeError, match="it lacks networks, seconds, step"):
+        run("supervised", tmp_path)

@@ -16,7 +16,11 @@ def open_nifti(path: Path, dimensions: int) -> nibabel.Nifti1Image:
 
     Raises `DataError` for a file that is empty, cut off, no NIfTI, or that has another number of axes.
     """
-    if path.stat().st_size == 0:
+    try:
+        size = path.stat().st_size
+    except OSError as error:  # a link that leads nowhere or in a circle
+        raise DataError(f"{path} cannot be opened ({error.strerror}): unpack it again") from error
+    if size == 0:
         raise DataError(f"{path} is empty: download or unpack it again")
     try:
         image = nibabel.load(path)
@@ -24,6 +28,8 @@ def open_nifti(path: Path, dimensions: int) -> nibabel.Nifti1Image:
         raise DataError(f"{path} cannot be read as NIfTI ({error}): download or unpack it again") from error
     if not isinstance(image, nibabel.Nifti1Image):
         raise DataError(f"{path} is a {type(image).__name__}, expected a NIfTI-1 file: convert it")
+    if image.get_data_dtype().kind not in "iuf":
+        raise DataError(f"{path} holds {image.get_data_dtype()} voxels, expected one number a voxel: convert it")
     if len(image.shape) != dimensions:
         raise DataError(
             f"{path} has shape {image.shape}, expected {dimensions} axes: is it another file under this name?"

@@ -85,7 +85,7 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     if vectors.numel() == 0:
         return vectors * 1
     largest = vectors.detach().abs().amax(dim=1, keepdim=True)
-    scaled = torch.where(largest > SHORTEST, vectors / largest.clamp(min=SHORTEST), 0)
+    scaled = torch.where(largest <= SHORTEST, 0, vectors / largest.clamp(min=SHORTEST))  # NaN stays NaN: never hidden
     return scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp(min=1)
 
 

@@ -137,7 +137,7 @@ def ordinal_loss(features: Tensor, positions: Tensor, direction: Tensor) -> Tens
     length = _PairwiseDistance.apply(features)  # ||h_j - h_i||: (N, N)
 
     positions = positions.detach()
-    pairs = (positions[None, :] > positions[:, None]) & (length.detach() > closest)  # (i, j)
+    pairs = (positions[None, :] > positions[:, None]) & ~(length.detach() <= closest)  # (i, j); NaN is never hidden
     cosine = (along[None, :] - along[:, None]) / length.masked_fill(~pairs, 1)
     return -cosine.masked_fill(~pairs, 0).sum() / pairs.sum().clamp(min=1)
 

@@ -16,6 +16,7 @@ from medlib.losses.contrastive import full_precision
 def cross_entropy_loss(logits: Tensor, labels: Tensor, ignore_index: int = -1) -> Tensor:
     """Mean over the labelled pixels of -log softmax(logits)[label], in nats. Shapes as in the module's docstring."""
     _check(logits, labels)
+    labels = labels.long()  # before any comparison: a uint8 of 255 is not -1
     labels = labels.long()
     labelled = (labels != ignore_index).sum().clamp(min=1)
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / labelled
@@ -33,6 +34,7 @@ def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int = -1) -> Tensor:
     built on it. Other conventions (no squares, or a Dice per image) give other numbers.
     """
     _check(logits, labels)
+    labels = labels.long()  # before any comparison: a uint8 of 255 is not -1
     classes = logits.shape[1]
     labelled = (labels != ignore_index)[:, None]  # (B, 1, ...)
     ids = torch.where(labelled[:, 0], labels.long(), 0)

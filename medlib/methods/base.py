@@ -183,7 +183,7 @@ def build(name: str, *, scale: str = "paper", **settings: Any) -> Method:
     for setting in settings:
         if setting not in known:
             near = difflib.get_close_matches(setting, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"{name} has no setting {setting!r}{hint} Known: {', '.join(sorted(known))}")
     variant = settings.get("variant", "paper")
     if variant not in cls.variants:

@@ -210,6 +210,12 @@ class PretrainThenFinetune(Method):
         for name in ("image_size", "width", "projection_dim", "pretrain_batch", "finetune_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("pretrain_steps", "finetune_steps", "pretrain_epochs", "finetune_epochs"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+        if not isinstance(self.frozen, bool):
+            raise ValueError(f"frozen must be True or False, got {self.frozen!r}")
         if self.image_size % 16:
             raise ValueError(f"image_size must be a multiple of 16 (four poolings), got {self.image_size}")
         for name in ("pretrain_learning_rate", "finetune_learning_rate"):

@@ -464,3 +464,11 @@ def test_module_learns_the_direction():
 def test_module_refuses_negative_weights(name):
     with pytest.raises(ValueError, match=f"{name}.*-1"):
         CoralLoss(4, **{name: -1})
+
+
+def test_nan_is_never_hidden():
+    features = torch.randn(6, 3)
+    features[2, 1] = float("nan")
+    positions = torch.arange(6) / 6
+    assert relational_loss(features, positions).isnan()
+    assert ordinal_loss(features, positions, torch.ones(3)).isnan()

@@ -57,10 +57,11 @@ def _info(folder: Path) -> dict[str, str]:
     path = folder / "Info.cfg"
     if not path.is_file():
         raise DataError(f"{path} is missing: it says which frames are ED and ES; unpack the patient again")
-    entries = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    entries = dict(line.split(":", 1) for line in lines if ":" in line)
     info = {key.strip(): value.strip() for key, value in entries.items()}
     for phase in ("ED", "ES"):
-        if not info.get(phase, "").isdigit():
+        if not (info.get(phase, "").isascii() and info.get(phase, "").isdigit()):
             raise DataError(f"{path} has no frame number for {phase} (found {info}): unpack the patient again")
     return info
 
@@ -83,7 +84,7 @@ def _patient_cases(folder: Path, part: str | None) -> list[Case]:
     images: dict[int, Path] = {}
     labels: dict[int, Path] = {}
     cine = None
-    for path in sorted(folder.glob("*.nii*")):
+    for path in sorted(folder.glob("[!.]*.nii*")):  # macOS leaves ._ files beside the real ones
         match = FRAME.fullmatch(path.name)
         if path.name in (f"{patient}_4d.nii.gz", f"{patient}_4d.nii"):
             cine = path
