@@ -265,8 +265,8 @@ class _Loop:
             raise NonFiniteLoss(
                 f"loss term {', '.join(culprits)} of {self.method.name}'s stage {self.stage.name!r} became infinite or "
                 f"not a number within the {min(self.log_every, self.step)} steps before step {self.step}; a checkpoint "
-                f"in {self.folder.name}, if there is one, is from before. A lower learning rate or float32 precision is "
-                "the usual cure."
+                f"in {self.folder.name}, if there is one, is from before. A lower learning rate or float32 precision "
+                "is the usual cure."
             )
 
     def _validate(self, bar: "tqdm[Any]") -> None:
@@ -312,7 +312,7 @@ class _Loop:
             "dropout_cuda": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
         }
         if self.step >= self.stage.steps:  # done: only what later stages and readers need
-            weights = [tensor for tensor in state["networks"].values() if tensor.is_floating_point()]
+            weights = [tensor for tensor in self.networks.state_dict().values() if tensor.is_floating_point()]
             if not torch.stack([torch.isfinite(tensor).all() for tensor in weights]).all():
                 raise NonFiniteLoss(
                     f"{self.method.name}'s stage {self.stage.name!r} ended with weights that are infinite or not a "
