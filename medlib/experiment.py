@@ -4,14 +4,14 @@ import copy
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medlib.data import Case, dataset_info
 from medlib.data.batches import Slices, TrainingData
@@ -23,7 +23,7 @@ from medlib.nets import parameter_count
 from medlib.paths import DATA
 from medlib.results import RunRecord, versions
 from medlib.results.records import Part
-from medlib.train import Callback, Trained, Validate, make_fabric, train
+from medlib.train import Callback, Predict, Trained, Validate, make_fabric, predictor, train
 
 CACHE = DATA / "cache"
 
@@ -59,7 +59,7 @@ def prepared_dice(volumes: Sequence[Prepared], names: Sequence[str], device: tor
     owner = torch.cat([torch.full((len(volume.image),), i) for i, volume in enumerate(volumes)]).to(device)
     classes = range(1, len(names))
 
-    def validate(predict: Callable[[Tensor], Tensor]) -> Mapping[str, float]:
+    def validate(predict: Predict) -> Mapping[str, float]:
         predicted = torch.cat([predict(chunk.float()).argmax(dim=1) for chunk in images.split(32)])
         dice = []
         for c in classes:
@@ -83,14 +83,9 @@ class Outcome:
     trained: Trained
     val: Evaluation
     test: Evaluation | None
+    predict: Predict
     device: str
     seconds: float
-
-    def predict(self, images: Tensor) -> Tensor:
-        """Class probabilities (B, C, S, S) of prepared images (B, 1, S, S)."""
-        device = next(self.trained.networks.parameters()).device
-        with torch.inference_mode():
-            return self.method.predict(self.trained.networks, images.to(device)).float()
 
     @property
     def reported(self) -> tuple[Part, Evaluation]:
@@ -227,9 +222,7 @@ def run(
         callback=callback,
     )
 
-    def predict(images: Tensor) -> Tensor:
-        with torch.inference_mode(), fabric.autocast():
-            return method.predict(trained.networks, images.to(fabric.device)).float()
+    predict = predictor(method, trained.networks, fabric)
 
     def measure(volumes: list[Prepared]) -> Evaluation:
         return evaluate(predict, volumes, data.info.classes, device=fabric.device)
@@ -241,6 +234,7 @@ def run(
         trained=trained,
         val=measure(data.val),
         test=measure(data.test) if open_test and data.test else None,
+        predict=predict,
         device=torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else fabric.device.type,
         seconds=time.monotonic() - started,
     )

@@ -33,7 +33,8 @@ METRICS = "metrics.jsonl"
 FORMAT = 1  # of checkpoints; part of every stage's key, so that old ones are never read as new
 
 Callback = Callable[[str, int, Mapping[str, Any]], None]
-Validate = Callable[[Callable[[Tensor], Tensor]], Mapping[str, float]]
+Predict = Callable[[Tensor], Tensor]  # prepared images (B, 1, *space) to class probabilities (B, C, *space)
+Validate = Callable[[Predict], Mapping[str, float]]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -139,6 +140,16 @@ def train(
     return Trained(networks, results)
 
 
+def predictor(method: Method, networks: nn.ModuleDict, fabric: Fabric) -> Predict:
+    """``method`` with ``networks`` (in eval mode) as a function: without gradients, in the training's precision."""
+
+    def predict(images: Tensor) -> Tensor:
+        with torch.inference_mode(), fabric.autocast():
+            return method.predict(networks, images.to(fabric.device)).float()
+
+    return predict
+
+
 def stage_key(stage: Stage, data: TrainingData, seed: int, networks: nn.ModuleDict) -> str:
     """What identifies a stage's outcome, as 16 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -228,7 +239,7 @@ class _Loop:
                     values = self._log(terms, finite, optimizer.param_groups[0]["lr"])
                     bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
                 if self.validate is not None and self.stage.uses_labels and (last or self.step % every == 0):
-                    self._validate(bar)
+                    self._validate()
                     work.train()
                 now = time.monotonic()
                 if last or interrupted() or now - last_saved > self.checkpoint_seconds:
@@ -269,15 +280,10 @@ class _Loop:
                 "is the usual cure."
             )
 
-    def _validate(self, bar: "tqdm[Any]") -> None:
+    def _validate(self) -> None:
         assert self.validate is not None
         self.networks.eval()
-
-        def predict(images: Tensor) -> Tensor:
-            with torch.inference_mode(), self.fabric.autocast():
-                return self.method.predict(self.networks, images.to(self.fabric.device)).float()
-
-        numbers = dict(self.validate(predict))
+        numbers = dict(self.validate(predictor(self.method, self.networks, self.fabric)))
         self._append({"time": round(self.seconds, 3), "val_dice": numbers})
         if self.callback is not None:
             self.callback(self.stage.name, self.step, {"val_dice": numbers})
@@ -316,7 +322,7 @@ class _Loop:
             if not torch.stack([torch.isfinite(tensor).all() for tensor in weights]).all():
                 raise NonFiniteLoss(
                     f"{self.method.name}'s stage {self.stage.name!r} ended with weights that are infinite or not a "
-                    "number; nothing was kept of it. A lower learning rate is the usual cure."
+                    "number, and was not kept. A lower learning rate is the usual cure."
                 )
             state = {name: state[name] for name in ("step", "seconds", "networks")}
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=CHECKPOINT, delete=False) as file:

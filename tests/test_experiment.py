@@ -9,7 +9,7 @@ import torch
 from medlib.evaluate import CaseMetrics, Evaluation, volume_metrics
 from medlib.experiment import Outcome, dice_table, embed_slices
 from medlib.methods import build
-from medlib.train import make_fabric, train
+from medlib.train import make_fabric, predictor, train
 from tests.tiny import SETTINGS, training_data
 
 
@@ -27,7 +27,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     data = training_data()
     folder = tmp_path_factory.mktemp("runs")
     trained = train(method, data, seed=0, output_dir=folder, fabric=make_fabric("cpu"), progress=False)
-    return Outcome(method, data, 0, trained, evaluation(0), None, "cpu", 1.0)
+    predict = predictor(method, trained.networks, make_fabric("cpu"))
+    return Outcome(method, data, 0, trained, evaluation(0), None, predict, "cpu", 1.0)
 
 
 def test_embeddings_tell_which_slice_they_are(outcome: Outcome) -> None:
