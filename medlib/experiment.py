@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from medlib.data import Case, dataset_info
+from medlib.data import Case
 from medlib.data.batches import Slices, TrainingData
 from medlib.data.prepare import Prepared, prepare
 from medlib.data.splits import Split
@@ -40,7 +40,7 @@ def load(cases: Sequence[Case], split: Split, method: Method, *, progress: bool 
         return [one for one in prepared if one.case.patient in chosen and (one.case.labels or not labelled_only)]
 
     return TrainingData(
-        info=dataset_info(cases[0].dataset),
+        info=cases[0].about,
         split=split,
         train=of(split.train, labelled_only=False),
         val=of(split.val, labelled_only=True),

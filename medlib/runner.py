@@ -103,8 +103,9 @@ def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
     parameters = {}
     for statement in ast.parse(source).body:
         match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value) | ast.AnnAssign(
-                target=ast.Name(id=name), value=ast.expr() as value
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
             ):
                 pass
             case _:

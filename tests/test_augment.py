@@ -27,9 +27,7 @@ def test_no_mirror_and_no_deformation_is_the_identity():
 
 def test_mirroring_both_axes_is_a_flip():
     images = torch.rand(2, 1, SIDE, SIDE)
-    torch.testing.assert_close(
-        draw(2, mirror=1.0, deform=0.0).images(images), images.flip((-1, -2)), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(draw(2, mirror=1.0, deform=0.0).images(images), images.flip((-1, -2)), atol=1e-4, rtol=0)
 
 
 def test_label_follows_its_image():

@@ -118,9 +118,7 @@ def test_a_relative_root_is_resolved_and_a_missing_one_is_an_error_of_the_reader
         session.cases()
 
 
-def test_phantoms_are_drawn_once(
-    namespace: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_phantoms_are_drawn_once(namespace: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notebook, "DATA", tmp_path)
     monkeypatch.setattr(notebook, "PHANTOM_PATIENTS", {"laptop": 2})
     session = start(namespace, own=["variant"])

@@ -23,7 +23,13 @@ def volume(patient: str, depth: int = 5, labelled: bool = True, seed: int = 0) -
     label = np.where(distance < radius - 3, 3, np.where(distance < radius, 2, 0)).astype(np.uint8)
     image = (label - 1 + rng.normal(0, 0.5, label.shape)).astype(np.float16)
     case = Case(
-        dataset="acdc", case=f"{patient}_frame01", patient=patient, images=(), labels=(), reader="acdc_nifti", info={}
+        about=dataset_info("acdc"),
+        case=f"{patient}_frame01",
+        patient=patient,
+        images=(),
+        labels=(),
+        reader="acdc_nifti",
+        info={},
     )
     return Prepared(
         case=case, protocol=Protocol(size=SIDE), image=image, label=label if labelled else None,

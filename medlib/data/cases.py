@@ -16,8 +16,10 @@ class DatasetInfo:
     """What is known about a data set before it is opened: used by readers, preparation, figures and the README.
 
     `classes[i]` is the name of label value i, 0 being the background; `colours[i]` its colour as a hex code
-    (background transparent) from the colour-blind safe palette of Okabe and Ito (2008). `size` and `spacing` are the
-    protocol the papers used: square slices of `size` px at `spacing` mm in plane.
+    (background transparent), chosen so that neighbours stay apart for colour-blind readers. `size` and `spacing` are
+    the 2D protocol the papers used: square slices of `size` px at `spacing` mm in plane. `patch` (voxels) and
+    `volume_spacing` (mm), both (z, y, x), are their 3D protocol. `window` are the intensities that a protocol cuts at,
+    in HU for CT; None where intensities have no unit.
     """
 
     name: str
@@ -30,6 +32,9 @@ class DatasetInfo:
     licence: str
     url: str
     patient_rule: str
+    window: tuple[float, float] | None = None
+    patch: tuple[int, int, int] | None = None
+    volume_spacing: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         if len(self.colours) != len(self.classes):
@@ -40,12 +45,13 @@ class DatasetInfo:
 class Case:
     """One scan on disk. Nothing of it has been read yet except headers and names.
 
-    `images` is one file, or the files of its slices in order; `labels` is empty for a scan without labels and may
-    name the same files where a file holds both. `frame` is an index into a 4D file. `part` is "train", "val" or
-    "test" where the release itself says so. `patient` is what a split divides: all scans of one patient stay together.
+    `about` describes the data set it is from. `images` is one file, or the files of its slices in order; `labels` is
+    empty for a scan without labels and may name the same files where a file holds both. `frame` is an index into a 4D
+    file. `part` is "train", "val" or "test" where the release itself says so. `patient` is what a split divides: all
+    scans of one patient stay together.
     """
 
-    dataset: str
+    about: DatasetInfo
     case: str
     patient: str
     images: tuple[Path, ...]
@@ -54,6 +60,11 @@ class Case:
     frame: int | None = None
     part: str | None = None
     info: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name."""
+        return self.about.name
 
 
 def labelled_cases(cases: Iterable[Case]) -> list[Case]:

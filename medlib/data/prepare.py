@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..paths import resolve
 from .cases import Case, DataError, DatasetInfo, slice_positions
-from .readers import dataset_info, load_volume
+from .readers import load_volume
 
 VERSION = 1  # of what this module computes: another number, another cache
 CHUNK = 8  # slices resampled at a time, which bounds the memory above the volume itself
@@ -261,8 +261,7 @@ def _open(case: Case, protocol: Protocol, target: Path) -> Prepared | None:
 
 def _make(case: Case, protocol: Protocol, target: Path) -> Prepared:
     volume = load_volume(case)
-    classes = len(dataset_info(case.dataset).classes)
-    image, label = prepare_arrays(volume.image, volume.label, volume.spacing, classes, protocol)
+    image, label = prepare_arrays(volume.image, volume.label, volume.spacing, len(case.about.classes), protocol)
     facts = {"case": case.case, "native_shape": volume.image.shape, "spacing": volume.spacing}
     unfinished = target.parent / f".unfinished-{uuid.uuid4().hex}"
     try:

@@ -13,20 +13,22 @@ def test_positions_end_at_one_and_are_those_of_corals_code():
 
 
 def test_a_volume_knows_the_positions_of_its_slices(tmp_path):
-    case = Case("acdc", "a", "a", (tmp_path,), (), "acdc_nifti")
+    case = Case(dataset_info("acdc"), "a", "a", (tmp_path,), (), "acdc_nifti")
     volume = Volume(case, np.zeros((5, 2, 2), np.float32), None, None)
     np.testing.assert_array_equal(volume.positions, slice_positions(5))
 
 
 def test_cases_are_frozen_and_hashable(tmp_path):
-    case = Case("acdc", "a", "a", (tmp_path,), (), "acdc_nifti", info={"phase": "ED"})
+    case = Case(dataset_info("acdc"), "a", "a", (tmp_path,), (), "acdc_nifti", info={"phase": "ED"})
     assert len({case, dataclasses.replace(case)}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         case.patient = "b"  # type: ignore[misc]
 
 
 def test_labelled_cases_keep_their_order(tmp_path):
-    cases = [Case("acdc", name, name, (tmp_path,), (tmp_path,) * (name != "b"), "acdc_nifti") for name in "cba"]
+    cases = [
+        Case(dataset_info("acdc"), name, name, (tmp_path,), (tmp_path,) * (name != "b"), "acdc_nifti") for name in "cba"
+    ]
     assert [case.case for case in labelled_cases(cases)] == ["c", "a"]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
-from medlib.data import Case, DataError, read_dataset, split_cases
+from medlib.data import Case, DataError, dataset_info, read_dataset, split_cases
 from medlib.data.splits import Split, acdc_split, coral_split, published, ratio_split
 from medlib.paths import SPLITS
 
@@ -23,7 +23,15 @@ def made(patients, labelled=True, part=None) -> list[Case]:
     """Two scans of each patient."""
     file = (Path("scan.nii.gz"),)
     return [
-        Case("acdc", f"{patient}_frame{frame:02d}", patient, file, file if labelled else (), "acdc_nifti", part=part)
+        Case(
+            dataset_info("acdc"),
+            f"{patient}_frame{frame:02d}",
+            patient,
+            file,
+            file if labelled else (),
+            "acdc_nifti",
+            part=part,
+        )
         for patient in patients
         for frame in (1, 2)
     ]

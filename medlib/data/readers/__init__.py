@@ -91,12 +91,11 @@ def load_volume(case: Case) -> Volume:
         source = case.labels[0]
         if label.shape != image.shape:
             raise DataError(f"{source} has shape {label.shape}, its image {image.shape}: they are not of one scan")
-        classes = len(dataset_info(case.dataset).classes)
+        names = case.about.classes
         values = np.unique(label)
-        if not np.isin(values, np.arange(classes)).all():
+        if not np.isin(values, np.arange(len(names))).all():
             raise DataError(
-                f"{source} has label values {values.tolist()[:10]}, expected 0..{classes - 1} "
-                f"({', '.join(dataset_info(case.dataset).classes)})"
+                f"{source} has label values {values.tolist()[:10]}, expected 0..{len(names) - 1} ({', '.join(names)})"
             )
         volume.label = label.astype(np.uint8, copy=False)
     return volume

@@ -112,7 +112,7 @@ def _patient_cases(folder: Path, part: str | None) -> list[Case]:
             raise DataError(f"{label[0]} has shape {open_nifti(label[0], 3).shape}, its image {shape}: not of one scan")
         facts = {"phase": phases[number], **group}
         name = f"{patient}_frame{number:02d}"
-        cases.append(Case("acdc", name, patient, (path,), label, "acdc_nifti", part=part, info=facts))
+        cases.append(Case(INFO, name, patient, (path,), label, "acdc_nifti", part=part, info=facts))
     if cine is not None:
         frames = open_nifti(cine, 4).shape[3]
         if max(phases) > frames:
@@ -121,9 +121,7 @@ def _patient_cases(folder: Path, part: str | None) -> list[Case]:
             )
         for number in sorted(set(range(1, frames + 1)) - set(phases)):
             name, facts = f"{patient}_frame{number:02d}", {"phase": "cine", **group}
-            cases.append(
-                Case("acdc", name, patient, (cine,), (), "acdc_nifti", frame=number - 1, part=part, info=facts)
-            )
+            cases.append(Case(INFO, name, patient, (cine,), (), "acdc_nifti", frame=number - 1, part=part, info=facts))
     return cases
 
 

@@ -87,7 +87,7 @@ def find(root: Path) -> list[Case]:
             if path.stat().st_size == 0:
                 raise DataError(f"{path} is empty: download it again")
         info = {"phase": PHASES.get(name[-2:], name[-2:])}
-        cases.append(Case("acdc", name, name[:10], files, files, "acdc_ssl4mis", part=part, info=info))
+        cases.append(Case(INFO, name, name[:10], files, files, "acdc_ssl4mis", part=part, info=info))
     return cases
 
 
