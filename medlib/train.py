@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -183,18 +184,38 @@ class _Loop:
         key = stage_key(self.stage, self.data, self.seed, self.networks)
         self.folder = self.output_dir / "stages" / f"{self.method.name}-{self.stage.name}-{key}"
         self.step, self.seconds = 0, 0.0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            return self._run(key)
+
+    def _run(self, key: str) -> StageResult:
         saved = self._load()
         if saved is not None and saved["step"] >= self.stage.steps:
             self.networks.load_state_dict(saved["networks"])
             self._replay()
             return StageResult(self.stage.name, key, self.folder, self.stage.steps, saved["seconds"], reused=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
         settings = {"method": self.method.name, "seed": self.seed, **self.stage.describe()}
         if self.fabric.is_global_zero:
             _write_text(self.folder / "stage.json", json.dumps(settings, indent=2, default=str) + "\n")
         with _own_randomness(self.seed, self.stage.name, self.fabric.device), _interruptible() as interrupted:
             self._train(saved, interrupted)
         return StageResult(self.stage.name, key, self.folder, self.stage.steps, self.seconds, reused=False)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, no other run trains this stage: one that wants it waits, then takes it from its checkpoint."""
+        lock = FileLock(self.folder / "lock")
+        if self.fabric.is_global_zero:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                print(f"Another run trains {self.folder.name}: waiting for it, to take its result.", flush=True)
+                lock.acquire()
+        self.fabric.barrier()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _train(self, saved: dict[str, Any] | None, interrupted: Callable[[], bool]) -> None:
         fabric = self.fabric

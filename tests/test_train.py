@@ -271,3 +271,20 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path):
     torch.save({"a": 1}, folder / "checkpoint.pt")
     with pytest.raises(RuntimeError, match="it lacks networks, seconds, step"):
         run("supervised", tmp_path)
+
+
+def test_two_runs_of_one_stage_at_once_train_it_once(tmp_path):
+    """The second is started in the middle of the first: it waits, then takes the result; no line is written twice."""
+    late: list[Trained] = []
+    second = threading.Thread(target=lambda: late.append(run("coral", tmp_path, log_every=1)))
+
+    def start(stage: str, step: int, terms: object) -> None:
+        if (stage, step) == ("pretrain", 2):
+            second.start()
+            second.join(timeout=0.3)
+
+    first = run("coral", tmp_path, log_every=1, callback=start)
+    second.join(timeout=60)
+    assert same(first, late[0])
+    assert late[0].stages[0].reused
+    assert [line["step"] for line in first.stages[0].history()] == [1, 2, 3, 4, 5, 6]
