@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -185,7 +186,21 @@ def build(name: str, *, scale: str = "paper", **settings: Any) -> Method:
             near = difflib.get_close_matches(setting, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"{name} has no setting {setting!r}{hint} Known: {', '.join(sorted(known))}")
+    _check_types(cls, settings)
     variant = settings.get("variant", "paper")
     if variant not in cls.variants:
         raise ValueError(f"{name} has no variant {variant!r}; there are {', '.join(cls.variants)}")
     return cls(**{**cls.scales[scale], **cls.variants[variant], **settings})
+
+
+def _check_types(cls: type[Method], settings: Mapping[str, Any]) -> None:
+    """ValueError for a setting that is not of its field's type: text where a number is due, 2.5 steps, 1 for True."""
+    plain = {int: (int,), float: (int, float), bool: (bool,), str: (str,), type(None): (type(None),)}
+    hints = typing.get_type_hints(cls)
+    for name, value in settings.items():
+        options = typing.get_args(hints[name]) or (hints[name],)
+        if all(option in plain for option in options):
+            accepted = {kind for option in options for kind in plain[option]}
+            if not isinstance(value, tuple(accepted)) or (isinstance(value, bool) and bool not in accepted):
+                names = " or ".join("None" if option is type(None) else option.__name__ for option in options)
+                raise ValueError(f"{cls.name}: {name} must be {names}, got {value!r}")

@@ -153,3 +153,25 @@ def test_partitions_of_a_volume():
     assert parts(10) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
     assert parts(6) == [0, 0, 1, 1, 2, 2]  # the fourth partition is empty, as in the code
     assert parts(1) == [0]  # where the code divides by zero
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(frozen=1),
+        dict(width=2.5),
+        dict(width="16"),
+        dict(temperature="0.1"),
+        dict(finetune_steps=True),
+        dict(momentum=None),
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_type_is_refused_by_name(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"coral: {name} must be"):
+        build("coral", **setting)
+
+
+def test_a_whole_number_is_a_number_and_none_an_option_where_the_field_says_so():
+    assert build("coral", temperature=1, pretrain_steps=None).temperature == 1
