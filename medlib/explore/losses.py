@@ -94,6 +94,7 @@ def loss_explorer(
     positions: Sequence[float],
     parameters: Mapping[str, Range] | None = None,
     *,
+    bearing: str | None = None,
     title: str = "Where the loss pushes",
     tip: str = "turn one point around the circle. Where is the loss lowest, and do the arrows lead there?",
 ) -> Explorer:
@@ -101,9 +102,10 @@ def loss_explorer(
 
     loss: called as ``loss(features, positions, **parameters)`` with (N,2) and (N,) float64 tensors, returns a 0-d
     tensor: any function of ``medlib.losses`` of that form · points: (N,2), N <= 8 · positions: N values in [0, 1],
-    shown as colour · parameters: name -> (smallest, largest, first value), one slider each. Controls: ``point`` (which
-    to move), ``angle`` in degrees, ``radius``, and the parameters by name. A click on a point chooses it. Arrows show
-    minus the gradient; equal scale at all times, very long ones are shortened.
+    shown as colour · parameters: name -> (smallest, largest, first value), one slider each · bearing: the name of a
+    parameter that is a direction in degrees, drawn as an arrow from the centre. Controls: ``point`` (which to move),
+    ``angle`` in degrees, ``radius``, and the parameters by name. A click on a point chooses it. Arrows show minus the
+    gradient; equal scale at all times, very long ones are shortened.
     """
     start = np.array(points, np.float64)
     if start.ndim != 2 or start.shape[1] != 2 or not 2 <= len(start) <= 8 or len(positions) != len(start):
@@ -122,6 +124,8 @@ def loss_explorer(
         "radius": _slider("radius", (0.1, 1.5, float(np.clip(radius[0], 0.1, 1.5))), step=0.05),
     }
     settings = {name: _slider(name, limits) for name, limits in (parameters or {}).items()}
+    for name in controls.keys() & settings.keys():
+        raise ValueError(f"{name} is a control of the explorer itself: give the parameter another name")
     controls.update(settings)
 
     def value_and_push(at: np.ndarray) -> tuple[float, np.ndarray]:
@@ -136,6 +140,8 @@ def loss_explorer(
                 loss(torch.tensor(at, dtype=torch.float64), place, **{name: s.value for name, s in settings.items()})
             )
 
+    if bearing is not None and bearing not in settings:
+        raise ValueError(f"bearing must name a parameter ({', '.join(settings) or 'there is none'}), got {bearing!r}")
     unit_push = max(float(np.linalg.norm(value_and_push(start)[1], axis=1).max()), 1e-9)
     turn = np.linspace(0, 360, _ANGLES)
     around = np.stack([np.cos(np.radians(turn)), np.sin(np.radians(turn))], axis=1)
@@ -206,16 +212,19 @@ def loss_explorer(
         if busy[0]:
             return
         at, chosen = moved, controls["point"].value
-        bearing = math.radians(controls["angle"].value)
-        at[chosen] = controls["radius"].value * np.array([math.cos(bearing), math.sin(bearing)])
+        turned = math.radians(controls["angle"].value)
+        at[chosen] = controls["radius"].value * np.array([math.cos(turned), math.sin(turned)])
         value, push = value_and_push(at)
         rounds = np.repeat(at[None], _ANGLES, axis=0)
         rounds[:, chosen] = controls["radius"].value * around
         landscape = [value_at(r) for r in rounds]
         with figure.batch_update():
-            figure.layout.annotations = [
+            arrows = [
                 _arrow(p, v / unit_push) for p, v in zip(at, push, strict=True) if np.hypot(*v) > 1e-6 * unit_push
             ]
+            if bearing is not None:
+                arrows.append(_compass(settings[bearing].value))
+            figure.layout.annotations = arrows
             figure.layout.xaxis2.title.text = f"angle of {letters[chosen]}"
             figure.layout.title.text = f"{title} <span style='font-size:14px'> loss {value:.3f}</span>"
         rims = {
@@ -279,3 +288,10 @@ def _arrow(point: np.ndarray, push: np.ndarray) -> dict:
         "arrowcolor": INK,
         "standoff": 0,
     }
+
+
+def _compass(degrees: float) -> dict:
+    """A plotly annotation from the centre along a direction."""
+    x, y = (0.62 * f(math.radians(degrees)) for f in (math.cos, math.sin))
+    ends = {"x": x, "y": y, "ax": 0, "ay": 0, "xref": "x", "yref": "y", "axref": "x", "ayref": "y"}
+    return {**ends, "text": "", "showarrow": True, "arrowhead": 3, "arrowwidth": 4, "arrowcolor": SERIES[0]}

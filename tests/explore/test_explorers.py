@@ -251,6 +251,22 @@ def test_loss_explorer_moves_points_and_draws_the_slope():
         loss_explorer(attraction, np.ones((9, 2)), [0.0] * 9)
 
 
+def test_loss_explorer_draws_a_parameter_that_is_a_direction():
+    def along(features, positions, c):
+        return (features[:, 0] * np.cos(np.radians(c)) + features[:, 1] * np.sin(np.radians(c))).sum()
+
+    explorer = loss_explorer(along, np.eye(2), [0, 1], {"c": (0, 360, 0)}, bearing="c")
+    compass = explorer.figures["loss"].layout.annotations[-1]
+    assert (compass.ax, compass.ay) == (0, 0) and compass.x > 0.5 and compass.y == pytest.approx(0)
+    explorer.controls["c"].value = 90.0
+    compass = explorer.figures["loss"].layout.annotations[-1]
+    assert compass.x == pytest.approx(0, abs=1e-9) and compass.y > 0.5
+    with pytest.raises(ValueError, match="bearing must name a parameter"):
+        loss_explorer(along, np.eye(2), [0, 1], {"c": (0, 360, 0)}, bearing="angle")
+    with pytest.raises(ValueError, match="angle is a control"):
+        loss_explorer(along, np.eye(2), [0, 1], {"angle": (0, 360, 0)})
+
+
 def test_loss_slider_redraws():
     explorer = loss_slider(
         lambda slope: {"line": ([0, 1], [0, slope])}, {"slope": (0, 4, 1)}, title="t", x_title="x", y_title="y"
