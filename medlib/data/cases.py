@@ -82,13 +82,14 @@ class Volume:
     """One scan in memory: `image` (Z, H, W) float32 and `label` (Z, H, W) uint8 or None, `spacing` (z, y, x) in mm.
 
     `spacing` is None where the files do not say. Slice 0 is the same anatomical end in every patient of a data set; the
-    reader's module says which.
+    reader's module says which. `remarks` say what the reader put right in the file.
     """
 
     case: Case
     image: np.ndarray
     label: np.ndarray | None
     spacing: tuple[float, float, float] | None
+    remarks: tuple[str, ...] = ()
 
     @property
     def positions(self) -> np.ndarray:

@@ -1,7 +1,10 @@
 """Reading NIfTI files: errors that say what to do, and arrays turned into one orientation by the affine."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -17,13 +20,13 @@ def open_nifti(path: Path, dimensions: int) -> nibabel.Nifti1Image:
     Raises `DataError` for a file that is empty, cut off, no NIfTI, or that has another number of axes.
     """
     try:
-        size = path.stat().st_size
+        state = path.stat()
     except OSError as error:  # a link that leads nowhere or in a circle
         raise DataError(f"{path} cannot be opened ({error.strerror}): unpack it again") from error
-    if size == 0:
+    if state.st_size == 0:
         raise DataError(f"{path} is empty: download or unpack it again")
     try:
-        image = nibabel.load(path)
+        image = _load(path, state.st_mtime_ns, state.st_size)
     except Exception as error:  # nibabel, gzip and zlib raise a dozen unrelated types for a broken file
         raise DataError(f"{path} cannot be read as NIfTI ({error}): download or unpack it again") from error
     if not isinstance(image, nibabel.Nifti1Image):
@@ -37,20 +40,42 @@ def open_nifti(path: Path, dimensions: int) -> nibabel.Nifti1Image:
     return image
 
 
-def read_voxels(image: nibabel.Nifti1Image, path: Path, frame: int | None = None) -> np.ndarray:
-    """The voxels of an opened file, (X, Y, Z) in the file's own order; `frame` picks one of a 4D file."""
-    if frame is not None:
-        return _read_all_frames(path, path.stat().st_mtime_ns)[..., frame]
-    try:
-        return np.asanyarray(image.dataobj)
-    except Exception as error:
-        raise DataError(f"{path} is cut off or damaged ({error}): download or unpack it again") from error
+@lru_cache(maxsize=1024)
+def _load(path: Path, changed: int, size: int) -> nibabel.filebasedimages.FileBasedImage:
+    """The header of a file as it was at that time. Finding, checking and loading a scan each ask for it."""
+    return nibabel.load(path)
+
+
+def read_voxels(image: nibabel.Nifti1Image, path: Path) -> np.ndarray:
+    """The voxels of an opened file, in the file's own order; float32 where the header scales them."""
+    with _reading(path):
+        proxy: Any = image.dataobj
+        return np.asanyarray(proxy) if (proxy.slope, proxy.inter) == (1, 0) else proxy.get_scaled(np.float32)
+
+
+def read_channel(image: nibabel.Nifti1Image, path: Path, channel: int) -> np.ndarray:
+    """One channel (X, Y, Z) of an opened 4D file, without the others in memory."""
+    with _reading(path):
+        return np.asanyarray(image.dataobj[..., channel])
+
+
+def read_frame(path: Path, frame: int) -> np.ndarray:
+    """One frame (X, Y, Z) of a 4D file whose frames are asked for in a row."""
+    return _read_all_frames(path, path.stat().st_mtime_ns)[..., frame]
 
 
 @lru_cache(maxsize=2)
 def _read_all_frames(path: Path, stamp: int) -> np.ndarray:
     """A whole 4D file. The last two are kept: the frames of one are asked for in a row, and gzip cannot skip to one."""
     return read_voxels(open_nifti(path, 4), path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{path} is cut off or damaged ({error}): download or unpack it again") from error
 
 
 def directions(image: nibabel.Nifti1Image, path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:

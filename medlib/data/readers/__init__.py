@@ -2,7 +2,8 @@
 
 A reader module has
 
-- `INFO`: its `DatasetInfo`. Two modules with the same `INFO.name` are two layouts of one data set.
+- `INFO`: its `DatasetInfo`, from `medlib.data.descriptions`. Two modules with the same `INFO.name` are two layouts of
+  one data set.
 - `LAYOUT`: one line that says which files it expects, for error messages.
 - `recognise(root) -> bool`: whether the folder looks like this layout, however incomplete.
 - `find(root) -> list[Case]`: names and headers are checked here, so that a broken download is refused within seconds.
@@ -27,7 +28,10 @@ DATASETS: dict[str, DatasetInfo] = {module.INFO.name: module.INFO for module in 
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """What is known about the data set `name`. Raises `ValueError` with the known names for another one."""
+    """What is known about the data set `name` before it is opened; what its files add is in its cases' `about`.
+
+    Raises `ValueError` with the known names for another one.
+    """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: known are {', '.join(sorted(DATASETS))}")
     return DATASETS[name]
@@ -92,10 +96,10 @@ def load_volume(case: Case) -> Volume:
         if label.shape != image.shape:
             raise DataError(f"{source} has shape {label.shape}, its image {image.shape}: they are not of one scan")
         names = case.about.classes
-        values = np.unique(label)
-        if not np.isin(values, np.arange(len(names))).all():
+        if label.min() < 0 or label.max() >= len(names) or label.dtype.kind == "f" and (label != np.rint(label)).any():
+            values = np.unique(label).tolist()
             raise DataError(
-                f"{source} has label values {values.tolist()[:10]}, expected 0..{len(names) - 1} ({', '.join(names)})"
+                f"{source} has label values {values[:10]}, expected 0..{len(names) - 1} ({', '.join(names)})"
             )
         volume.label = label.astype(np.uint8, copy=False)
     return volume

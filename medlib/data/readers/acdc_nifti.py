@@ -19,21 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cases import Case, DataError, DatasetInfo, Volume
-from ..nifti import LEFT, directions, open_nifti, read_voxels
+from ..cases import Case, DataError, Volume
+from ..descriptions import DESCRIPTIONS
+from ..nifti import LEFT, directions, open_nifti, read_frame, read_voxels
 
-INFO = DatasetInfo(
-    name="acdc",
-    title="ACDC (Automated Cardiac Diagnosis Challenge, short-axis cine MRI)",
-    classes=("background", "RV", "MYO", "LV"),
-    colours=("#00000000", "#0072B2", "#009E73", "#D55E00"),
-    modality="MR",
-    size=352,
-    spacing=1.25,
-    licence="research only; cite Bernard et al., IEEE TMI 2018",
-    url="https://humanheart-project.creatis.insa-lyon.fr/database/",
-    patient_rule="the folder: patient001 has its ED and ES frame and its cine series",
-)
+INFO = DESCRIPTIONS["acdc"]
 LAYOUT = "the official training/patient001/{Info.cfg, patient001_frame01.nii.gz, patient001_frame01_gt.nii.gz}"
 BASE_TO_APEX = np.array([-1.0, 1.0, -1.0]) / np.sqrt(3)
 FRAME = re.compile(r"(patient\d+)_frame(\d+)(_gt)?\.nii(?:\.gz)?")
@@ -159,7 +149,8 @@ def load(case: Case) -> Volume:
     file = open_nifti(path, 3 if case.frame is None else 4)
     axes, spacing = directions(file, path)
     order, flips = canonical_axes(axes)
-    image = np.ascontiguousarray(_oriented(read_voxels(file, path, case.frame), order, flips), dtype=np.float32)
+    voxels = read_voxels(file, path) if case.frame is None else read_frame(path, case.frame)
+    image = np.ascontiguousarray(_oriented(voxels, order, flips), dtype=np.float32)
     label = None
     if case.labels:
         source = case.labels[0]

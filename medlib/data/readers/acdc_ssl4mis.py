@@ -16,8 +16,9 @@ import h5py
 import numpy as np
 
 from ..cases import Case, DataError, Volume
-from .acdc_nifti import INFO as INFO
+from ..descriptions import DESCRIPTIONS
 
+INFO = DESCRIPTIONS["acdc"]
 LAYOUT = "SSL4MIS's train.list, val.list and data/patient001_frame01.h5, data/patient001_frame01_slice_1.h5"
 PHASES = {"01": "ED", "02": "ES"}
 NAME = re.compile(r"(patient\d{3})_frame(\d\d)(?:_slice_(\d+))?\.h5")

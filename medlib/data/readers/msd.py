@@ -1,0 +1,95 @@
+"""Any task of the Medical Segmentation Decathlon, and a user's own data in that form.
+
+Classes, modality and licence come from `dataset.json`. Of images with several channels (4D files) the first is taken.
+The 2D and 3D grids are chosen from the scans: in-plane size and patch hold the largest of them, up to 320 px and
+64 x 128 x 128 voxels, at the median spacing.
+
+Beyond the Decathlon's own form, `dataset.json` may hold "patients": {case: patient} where one patient has several
+scans; without it every scan is a patient.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.orientations import io_orientation, ornt_transform
+
+from ..cases import Case, DataError
+from ..descriptions import DESCRIPTIONS, colours_of
+from ..nifti import directions, open_nifti
+from ..scans import FRAME, Source, absent_files, find_scans, load_scan, read_json
+
+INFO = DESCRIPTIONS["msd"]
+LAYOUT = "dataset.json, imagesTr/NAME.nii.gz, labelsTr/NAME.nii.gz and imagesTs/NAME.nii.gz"
+SOURCES = (
+    Source(("imagesTr",), "{}", "{}", labels=("labelsTr",), label="{}", number=".+"),
+    Source(("imagesTs",), "{}", "{}", part="test", number=".+"),
+)
+load = load_scan
+
+
+def recognise(root: Path) -> bool:
+    return (root / "dataset.json").is_file() or (root / "imagesTr").is_dir()
+
+
+def _channels(content: dict[str, Any], root: Path) -> dict[str, str]:
+    modality = content.get("modality")
+    if not isinstance(modality, dict) or "0" not in modality:
+        raise DataError(f'{root / "dataset.json"} has no "modality" such as {{"0": "CT"}}: add it')
+    return modality
+
+
+def _classes(content: dict[str, Any], root: Path) -> tuple[str, ...]:
+    labels: Any = content.get("labels")
+    if not isinstance(labels, dict) or len(labels) < 2 or set(labels) != {str(value) for value in range(len(labels))}:
+        expected = '{"0": "background", "1": NAME, ...} without gaps'
+        raise DataError(f"{root / 'dataset.json'} has the labels {labels}, expected {expected}")
+    names = [str(labels[str(value)]) for value in range(len(labels))]
+    return ("background", *names[1:])
+
+
+def find(root: Path) -> list[Case]:
+    content = read_json(root)
+    modality, classes = _channels(content, root), _classes(content, root)
+    cases = find_scans(INFO, "msd", root, SOURCES, channels=len(modality) if len(modality) > 1 else None)
+    patients = content.get("patients", {})
+    if not isinstance(patients, dict):
+        raise DataError(f"{root / 'dataset.json'} has the patients {patients!r}, expected {{case: patient, ...}}")
+    info = dataclasses.replace(
+        INFO,
+        title=f"Medical Segmentation Decathlon, {content.get('name', root.name)}",
+        classes=classes,
+        colours=colours_of(classes),
+        modality=str(modality["0"]),
+        licence=str(content.get("licence", content.get("license", INFO.licence))),
+        **_grid(cases),
+    )
+    return [dataclasses.replace(case, about=info, patient=str(patients.get(case.case, case.case))) for case in cases]
+
+
+def _grid(cases: list[Case]) -> dict[str, Any]:
+    """The protocol that fits these scans: see the module's text."""
+    if not cases:
+        return {}
+    shapes, spacings = [], []
+    for case in cases:
+        file: nibabel.Nifti1Image = open_nifti(case.images[0], 3 if case.frame is None else 4)
+        order = np.argsort(ornt_transform(io_orientation(file.affine), FRAME)[:, 0])[::-1]
+        shapes.append(np.array(file.shape[:3])[order])
+        spacings.append(np.array(directions(file, case.images[0])[1])[order])
+    z, y, x = (float(value) for value in np.median(spacings, axis=0).round(4))
+    tall = np.max(np.array(shapes) * np.array(spacings) / (z, y, x), axis=0)  # voxels at that spacing
+    whole = [int(-(-side // 16) * 16) for side in tall.round(2)]
+    patch = tuple(min(side, most) for side, most in zip(whole, (64, 128, 128), strict=True))
+    return {"size": min(max(whole[1:]), 320), "spacing": min(y, x), "patch": patch, "volume_spacing": (z, y, x)}
+
+
+def notes(root: Path) -> list[str]:
+    modality = _channels(read_json(root), root)
+    lines = absent_files(root)
+    if len(modality) > 1:
+        names = ", ".join(str(modality[key]) for key in sorted(modality))
+        lines.append(f"images have {len(modality)} channels ({names}): the first, {modality['0']}, is taken")
+    return lines
