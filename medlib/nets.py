@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+from monai.networks.nets import resnet50
 from monai.networks.nets.basic_unet import TwoConv, UpCat
 from torch import Tensor, nn
 
@@ -111,6 +112,31 @@ class Decoder(nn.Module):
         return maps
 
 
+class ResNetEncoder(nn.Module):
+    """ResNet-50 for one-channel slices, 23,501,760 parameters: the encoder of IDEAL.
+
+    Random initial weights (He, fan-out, as ResNet has it); there are no weights of natural images for one channel.
+    """
+
+    widths = (64, 256, 512, 1024, 2048)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = resnet50(
+            spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, bias_downsample=False
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 1, H, W) -> the stem's map at half resolution, then those of the four stages, down to 1/32."""
+        trunk = self.trunk
+        features = [trunk.act(trunk.bn1(trunk.conv1(images)))]
+        x = trunk.maxpool(features[0])
+        for stage in (trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4):
+            x = stage(x)
+            features.append(x)
+        return features
+
+
 class UNet(nn.Module):
     """Encoder, decoder and a classifier: images (B, 1, *space) -> logits (B, classes, *space).
 
@@ -128,6 +154,66 @@ class UNet(nn.Module):
         if any(side % self.stride for side in images.shape[2:]):
             raise ValueError(f"image sides must be multiples of {self.stride}, got {tuple(images.shape[2:])}")
         return self.classifier(self.decoder(self.encoder(images))[-1])
+
+
+class BranchedUNet(nn.Module):
+    """One encoder and several decoders: images (B, 1, *space) -> for each decoder, logits (B, classes, *space).
+
+    Args:
+        stride: every side of ``space`` must be a multiple of it.
+    """
+
+    def __init__(self, encoder: nn.Module, decoders: Sequence[Decoder], classifiers: Sequence[nn.Module], stride: int):
+        super().__init__()
+        self.encoder = encoder
+        self.decoders = nn.ModuleList(decoders)
+        self.classifiers = nn.ModuleList(classifiers)
+        self.stride = stride
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        if any(side % self.stride for side in images.shape[2:]):
+            raise ValueError(f"image sides must be multiples of {self.stride}, got {tuple(images.shape[2:])}")
+        features = self.encoder(images)
+        pairs = zip(self.decoders, self.classifiers, strict=True)
+        return [classifier(decoder(features)[-1]) for decoder, classifier in pairs]
+
+
+BRANCHES = ("deconv", "nontrainable")
+"""How the first and the second decoder of IDEAL and of MC-Net up-sample: transposed convolution, interpolation."""
+
+
+def branched_unet(classes: int, width: int = 48, branches: int = 2) -> BranchedUNet:
+    """`coral_unet` with ``branches`` decoders, 1 or 2, that differ in how they up-sample (see `BRANCHES`).
+
+    With one branch it is `coral_unet` itself: the same layers, and the same initial weights from the same stream.
+    """
+    widths = [width * 2**level for level in range(5)]
+    encoder = Encoder(widths, normalise_bottleneck=False)
+    decoders = [Decoder(widths, upsample=upsample) for upsample in BRANCHES[:branches]]
+    classifiers = [nn.Conv2d(width, classes, kernel_size=1, bias=False) for _ in decoders]
+    unet = BranchedUNet(encoder, decoders, classifiers, stride=16)
+    kaiming_init(unet)
+    return unet
+
+
+def branched_resnet(classes: int, branches: int = 2) -> BranchedUNet:
+    """IDEAL's network: `ResNetEncoder` and ``branches`` U-Net decoders of four up-scalings, as in `branched_unet`.
+
+    The decoders end at the stem's half resolution; a last interpolation by two, without parameters, brings the logits
+    of both branches to the pixels of the image. The paper says "4 upscaling layers" and leaves that step open.
+    """
+    encoder = ResNetEncoder()
+    decoders = [Decoder(encoder.widths, upsample=upsample) for upsample in BRANCHES[:branches]]
+    classifiers = [
+        nn.Sequential(
+            nn.Conv2d(encoder.widths[0], classes, kernel_size=1, bias=False),
+            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
+        )
+        for _ in decoders
+    ]
+    for new in (*decoders, *classifiers):
+        kaiming_init(new)
+    return BranchedUNet(encoder, decoders, classifiers, stride=32)
 
 
 def coral_unet(classes: int, width: int = 48) -> UNet:
@@ -171,6 +257,22 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.mlp(features.flatten(2).mean(dim=2))
+
+
+class DenseProjectionHead(nn.Module):
+    """1x1 convolution - ReLU - 1x1 convolution: feature maps (B, C, h, w) -> one embedding a cell (B, dim, h, w).
+
+    IDEAL's head: `ProjectionHead` without the pooling, "with an equal number of parameters" (section 2.2).
+    """
+
+    def __init__(self, channels: int, dim: int = 128):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Conv2d(channels, channels, kernel_size=1), nn.ReLU(inplace=True), nn.Conv2d(channels, dim, kernel_size=1)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.mlp(features)
 
 
 def channels_last(module: nn.Module) -> nn.Module:

@@ -170,6 +170,10 @@ def local_contrastive_loss(
     _check_correspondence(correspondence, batch, cells)
     if negatives not in ("cells", "pooled"):
         raise ValueError(f"negatives must be 'cells' or 'pooled', got {negatives!r}")
+    if (queue is None) != (queue_valid is None):
+        raise ValueError("queue and queue_valid belong together: give both or neither")
+    if queue is not None and queue_valid is not None:
+        check_shapes(query=(query, "BDhw"), queue=(queue, "KD"), queue_valid=(queue_valid, "BK"))
     if batch == 1:
         raise ValueError("a batch of one image has no negatives: local_contrastive_loss needs B >= 2")
     if query.numel() == 0:
@@ -183,7 +187,7 @@ def local_contrastive_loss(
     columns = k if negatives == "cells" else unit_vectors(key.flatten(2).mean(dim=2))  # (M, D)
     owner = image.repeat_interleave(len(columns) // batch)  # (M,)
     allowed = image[:, None] != owner[None, :]  # (B, M)
-    if queue is not None:
+    if queue is not None and queue_valid is not None:
         columns, allowed = torch.cat([columns, unit_vectors(queue)]), torch.cat([allowed, queue_valid], dim=1)
 
     others = _logsumexp_in_chunks(q / temperature, columns, allowed, image.repeat_interleave(cells))  # (B S,)

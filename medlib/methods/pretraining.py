@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from medlib.augment import GeometricAugmentation
+from medlib.augment import GeometricAugmentation, Warp
 from medlib.data.batches import ShuffledRows, TrainingData
 from medlib.losses.segmentation import cross_entropy_loss
 from medlib.methods.base import Method, Stage, Streams, Work
@@ -65,14 +65,34 @@ class ContrastivePretraining(Stage):
         return _Pretraining(self, networks, data, streams)
 
 
-class _Pretraining(Work):
-    def __init__(self, stage: ContrastivePretraining, networks: nn.ModuleDict, data: TrainingData, streams: Streams):
+class TwoViews(Work):
+    """Draws all slices in turn, with or without a label, and each in two views: two warps of its own.
+
+    Args:
+        stage: any stage with a ``batch_size`` and an ``augmentation``.
+    """
+
+    def __init__(self, stage: Any, data: TrainingData, streams: Streams):
         super().__init__()
         self.stage, self.streams = stage, streams
         self.slices = data.slices(streams.device, everything=stage.everything)
-        self.encoder, self.head, self.contrast = unet_of(networks).encoder, networks["head"], networks["contrast"]
         rows = torch.arange(len(self.slices), device=self.slices.images.device)
         self.samplers = {"slices": ShuffledRows(rows, stage.batch_size, streams["sample"], streams.rank, streams.world)}
+
+    def views(self) -> tuple[Tensor, Tensor, tuple[Warp, Warp]]:
+        """The next rows (B,), their images (B, 1, S, S) and a warp for each of the two views."""
+        rows = self.samplers["slices"].draw()
+        images, _ = self.slices.batch(rows)
+        first, second = (
+            self.stage.augmentation.draw(len(rows), images.shape[-1], self.streams.own("augment")) for _ in range(2)
+        )
+        return rows, images, (first, second)
+
+
+class _Pretraining(TwoViews):
+    def __init__(self, stage: ContrastivePretraining, networks: nn.ModuleDict, data: TrainingData, streams: Streams):
+        super().__init__(stage, data, streams)
+        self.encoder, self.head, self.contrast = unet_of(networks).encoder, networks["head"], networks["contrast"]
         # The learnable direction of CORAL is in the same parameter group as the network, as in the released code.
         self.optimizer = torch.optim.SGD(
             self.parameters(), lr=stage.learning_rate, momentum=stage.momentum, weight_decay=stage.weight_decay
@@ -80,14 +100,9 @@ class _Pretraining(Work):
         self.schedule = cosine_schedule(self.optimizer, stage.steps)
 
     def draw(self) -> dict[str, Tensor]:
-        rows = self.samplers["slices"].draw()
-        images, _ = self.slices.batch(rows)
-        side = images.shape[-1]
-        first, second = (
-            self.stage.augmentation.draw(len(rows), side, self.streams.own("augment")).images(images) for _ in range(2)
-        )
+        rows, images, (first, second) = self.views()
         where = {name: getattr(self.slices, name)[rows] for name in ("positions", "index", "depth")}
-        return {"first": first, "second": second, **where}
+        return {"first": first.images(images), "second": second.images(images), **where}
 
     def forward(self, first: Tensor, second: Tensor, **where: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         if self.stage.separate_views:
@@ -149,6 +164,11 @@ class _Finetuning(Work):
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         loss = cross_entropy_loss(self.unet(images), labels)
         return {"total": loss, "cross_entropy": loss}
+
+
+def stage_length(steps: int | None, epochs: int, rows: int, batch: int) -> int:
+    """Optimiser steps of a stage: ``steps`` where given, else ``epochs`` through ``rows`` rows, ``batch`` at a time."""
+    return steps if steps is not None else epochs * max(1, rows // batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,13 +261,12 @@ class PretrainThenFinetune(Method):
     def stages(self, data: TrainingData) -> list[Stage]:
         slices = data.slices("cpu", everything=self.transductive)
 
-        def length(steps: int | None, epochs: int, rows: int, batch: int) -> int:
-            return steps if steps is not None else epochs * max(1, rows // batch)
-
         finetuning = SupervisedFinetuning(
             name="finetune",
             uses_labels=True,
-            steps=length(self.finetune_steps, self.finetune_epochs, int(slices.labelled.sum()), self.finetune_batch),
+            steps=stage_length(
+                self.finetune_steps, self.finetune_epochs, int(slices.labelled.sum()), self.finetune_batch
+            ),
             batch_size=self.finetune_batch,
             learning_rate=self.finetune_learning_rate,
             floor=self.finetune_floor,
@@ -262,7 +281,7 @@ class PretrainThenFinetune(Method):
             name="pretrain",
             uses_labels=False,
             everything=self.transductive,
-            steps=length(self.pretrain_steps, self.pretrain_epochs, len(slices), self.pretrain_batch),
+            steps=stage_length(self.pretrain_steps, self.pretrain_epochs, len(slices), self.pretrain_batch),
             contrast={"method": self.name, **contrast},
             batch_size=self.pretrain_batch,
             learning_rate=self.pretrain_learning_rate,
