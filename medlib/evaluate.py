@@ -12,7 +12,6 @@ from typing import Any, Literal, TypedDict, cast, get_args
 import numpy as np
 import pandas as pd
 import torch
-from monai.inferers import sliding_window_inference
 from monai.metrics.utils import get_mask_edges, get_surface_distance
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
@@ -72,8 +71,10 @@ def _confusion(prediction: ArrayLike, label: ArrayLike, names: tuple[str, ...]) 
     if prediction.shape != label.shape:
         raise ValueError(f"prediction {prediction.shape} and label {label.shape} must have the same shape (Z, H, W)")
     count = len(names)
-    pairs = prediction.astype(np.intp).ravel() * count + label.ravel()
-    return np.bincount(pairs, minlength=count * count).reshape(count, count)
+    counts = np.zeros(count * count, dtype=np.intp)
+    for predicted, true in zip(prediction, label, strict=True):  # by slices: a count needs 8 bytes a voxel
+        counts += np.bincount((predicted.astype(np.intp) * count + true).ravel(), minlength=count * count)
+    return counts.reshape(count, count)
 
 
 def _crop(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[slice, ...]:
@@ -326,29 +327,24 @@ def _nan_to_none(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def predict_volume(
-    predict: Predict, image: Tensor, *, patch: tuple[int, int, int] | None = None, batch_size: int = 16
-) -> Tensor:
-    """Class probabilities (C, Z, S, S), float32, of one prepared scan (Z, 1, S, S).
+def predict_volume(predict: Predict, image: Tensor, *, batch_size: int = 16) -> Tensor:
+    """Class probabilities (C, Z, H, W), float32, of one prepared scan as `Prepared.inputs` gives it.
 
-    patch None: a 2D network sees ``batch_size`` slices at a time. patch (z, y, x): a 3D network sees patches of that
-    size that overlap by half, ``batch_size`` at a time, blended with a Gaussian weight; a scan smaller than the patch
-    is padded.
+    A 2D network sees ``batch_size`` slices of (Z, 1, H, W) at a time, a 3D network the volume (1, 1, Z, H, W); see
+    `medlib.train.predictor` for how it goes through it by windows.
 
     Raises ValueError for an image of another shape, and when ``predict`` returns anything but finite probabilities.
     """
-    if image.ndim != 4 or image.shape[1] != 1 or not len(image):
-        raise ValueError(f"image must be one scan (Z, 1, S, S), got {tuple(image.shape)}")
+    if image.ndim not in (4, 5) or image.shape[1] != 1 or not len(image) or (image.ndim == 5 and len(image) > 1):
+        raise ValueError(f"image must be one scan, (Z, 1, H, W) or (1, 1, Z, H, W); got {tuple(image.shape)}")
     with torch.inference_mode():
-        if patch is None:
-            probabilities = torch.cat([predict(slices).float() for slices in image.split(batch_size)]).transpose(0, 1)
-        else:
-            volume = image.transpose(0, 1)[None]  # (1, 1, Z, S, S)
-            blended = sliding_window_inference(volume, patch, batch_size, predict, overlap=0.5, mode="gaussian")
-            probabilities = cast(Tensor, blended)[0].float()
-        if probabilities.shape[1:] != (image.shape[0], *image.shape[2:]):
-            shape = tuple(probabilities.shape)
-            raise ValueError(f"predict must keep the image grid: got {shape} (C, Z, S, S) for {tuple(image.shape)}")
+        batches = [predict(images).float() for images in image.split(batch_size)]
+        predicted = batches[0] if len(batches) == 1 else torch.cat(batches)
+        if predicted.ndim != image.ndim or predicted[:, 0].shape != image[:, 0].shape:
+            shape = tuple(predicted.shape)
+            raise ValueError(f"predict must keep the image grid: got {shape} (B, C, ...) for {tuple(image.shape)}")
+        # of slices (Z, C, H, W) or of one volume (1, C, Z, H, W)
+        probabilities = predicted.transpose(0, 1).flatten(1, -3)  # (C, Z, H, W)
         # 0.05: half-precision probabilities need not sum to exactly 1; logits are further off, and NaN compares False.
         if not bool(((probabilities.sum(0) - 1).abs() < 0.05).all()):
             raise ValueError("predict must return finite probabilities that sum to 1 over classes (softmax the logits)")
@@ -360,12 +356,10 @@ def segment(
     prepared: Prepared,
     *,
     device: torch.device | str = "cpu",
-    patch: tuple[int, int, int] | None = None,
     batch_size: int = 16,
 ) -> NDArray[np.uint8]:
     """The label map (Z, H, W) of one scan on its own grid: `predict_volume` on ``device``, then its ``restore``."""
-    image = torch.from_numpy(np.array(prepared.image, dtype=np.float32))[:, None].to(device)
-    return prepared.restore(predict_volume(predict, image, patch=patch, batch_size=batch_size))
+    return prepared.restore(predict_volume(predict, prepared.inputs().to(device), batch_size=batch_size))
 
 
 def evaluate(
@@ -374,14 +368,16 @@ def evaluate(
     classes: int | Sequence[str],
     *,
     device: torch.device | str = "cpu",
-    patch: tuple[int, int, int] | None = None,
     batch_size: int = 16,
     distances: bool = True,
 ) -> Evaluation:
     """Segments every scan and measures it against its own label on its own grid, with its own spacing.
 
-    See `predict_volume` for ``patch`` and ``batch_size``, `volume_metrics` for ``distances``. Raises ValueError when
-    there is no scan or one of them has no label.
+    One scan is in memory at a time: its image and label as they are, and C float32 probabilities of every voxel of the
+    prepared grid, on ``device``.
+
+    See `predict_volume` for ``batch_size``, `volume_metrics` for ``distances``. Raises ValueError when there is no scan
+    or one of them has no label.
     """
     names = class_names(classes)
     unlabelled = [scan.case.case for scan in prepared if not scan.case.labels]
@@ -390,7 +386,7 @@ def evaluate(
     cases = []
     counts = _no_counts(names)
     for scan in prepared:
-        prediction = segment(predict, scan, device=device, patch=patch, batch_size=batch_size)
+        prediction = segment(predict, scan, device=device, batch_size=batch_size)
         volume = load_volume(scan.case)
         metrics = volume_metrics(prediction, cast(NDArray, volume.label), names, volume.spacing, distances=distances)
         counts += _confusion(prediction, cast(NDArray, volume.label), names)

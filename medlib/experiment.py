@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from medlib.data import Case
+from medlib.data import Case, labelled_cases
 from medlib.data.batches import Slices, TrainingData
-from medlib.data.prepare import Prepared, prepare
+from medlib.data.prepare import Prepared, learn_statistics, prepare
 from medlib.data.splits import Split
-from medlib.evaluate import Evaluation, evaluate
+from medlib.evaluate import Evaluation, evaluate, predict_volume
 from medlib.methods.base import Method
 from medlib.nets import parameter_count
 from medlib.paths import DATA
@@ -32,8 +32,15 @@ def load(cases: Sequence[Case], split: Split, method: Method, *, progress: bool 
     """Prepare ``cases`` as ``method`` wants them and divide them by patient.
 
     Validation and test hold only scans with a label; training holds every scan of its patients, cine frames included.
+    Where intensities are normalised by what is learnt over the data set, it is learnt from the labelled training
+    patients alone.
     """
-    prepared = prepare(cases, method.protocol(), CACHE, progress=progress)
+    protocol = method.protocol(cases[0].about)
+    if protocol.normalise == "dataset":
+        labelled = [case for case in labelled_cases(cases) if case.patient in split.labelled]
+        statistics = learn_statistics(labelled, protocol, CACHE, progress=progress)
+        protocol = dataclasses.replace(protocol, statistics=statistics)
+    prepared = prepare(cases, protocol, CACHE, progress=progress)
 
     def of(patients: Sequence[str], labelled_only: bool) -> list[Prepared]:
         chosen = set(patients)
@@ -51,24 +58,23 @@ def load(cases: Sequence[Case], split: Split, method: Method, *, progress: bool 
 def prepared_dice(volumes: Sequence[Prepared], names: Sequence[str], device: torch.device) -> Validate:
     """A validation for the training loop: Dice per class on the prepared grid, mean over volumes that hold the class.
 
-    Quick and on the device; the numbers that are reported come from `medlib.evaluate`, in native space.
+    Quick and one volume at a time, of whatever shape; the numbers that are reported come from `medlib.evaluate`, in
+    native space.
     """
-    images = torch.from_numpy(np.concatenate([volume.image for volume in volumes])).unsqueeze(1).to(device)
-    masks = [volume.label for volume in volumes if volume.label is not None]
-    labels = torch.from_numpy(np.concatenate(masks)).to(device)
-    owner = torch.cat([torch.full((len(volume.image),), i) for i, volume in enumerate(volumes)]).to(device)
-    classes = range(1, len(names))
+    labels = [torch.from_numpy(np.array(volume.label)) for volume in volumes]
+    count = len(names)
 
     def validate(predict: Predict) -> Mapping[str, float]:
-        predicted = torch.cat([predict(chunk.float()).argmax(dim=1) for chunk in images.split(32)])
-        dice = []
-        for c in classes:
-            mine, theirs = predicted == c, labels == c
-            counts = torch.stack([(mine & theirs).sum((1, 2)), mine.sum((1, 2)), theirs.sum((1, 2))], dim=1).float()
-            volume = torch.zeros(len(volumes), 3, device=device).index_add_(0, owner, counts)
-            there = volume[:, 2] > 0
-            dice.append((2 * volume[there, 0] / volume[there, 1:].sum(dim=1)).mean())
-        return dict(zip((names[c] for c in classes), torch.stack(dice).tolist(), strict=True))
+        confusions = []
+        for volume, label in zip(volumes, labels, strict=True):
+            predicted = predict_volume(predict, volume.inputs().to(device), batch_size=32).argmax(dim=0)
+            pairs = predicted.to(device) * count + label.to(device)
+            confusions.append(torch.bincount(pairs.flatten(), minlength=count * count).view(count, count).float())
+        confusion = torch.stack(confusions)  # (volumes, predicted, true)
+        mine, theirs = confusion.sum(dim=2), confusion.sum(dim=1)
+        dice = 2 * confusion.diagonal(dim1=1, dim2=2) / (mine + theirs)  # (volumes, classes)
+        dice[theirs == 0] = torch.nan  # a volume without the class says nothing about it
+        return dict(zip(names[1:], dice.nanmean(dim=0)[1:].tolist(), strict=True))
 
     return validate
 

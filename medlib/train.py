@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
+from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -31,6 +32,7 @@ from medlib.rng import stream_seed
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+WINDOWS = 4  # of a volume that a 3D network sees at a time when it predicts: less than a training step holds
 FORMAT = 1  # of checkpoints; part of every stage's key, so that old ones are never read as new
 
 Callback = Callable[[str, int, Mapping[str, Any]], None]
@@ -142,13 +144,28 @@ def train(
 
 
 def predictor(method: Method, networks: nn.ModuleDict, fabric: Fabric) -> Predict:
-    """``method`` with ``networks`` (in eval mode) as a function: without gradients, in the training's precision."""
+    """``method`` with ``networks`` (in eval mode) as a function: without gradients, in the training's precision.
+
+    A method with a ``patch`` predicts volumes of any shape: by windows of that size that overlap by half, blended with
+    a Gaussian weight where the images lie (a volume on the host never is on the device as a whole). A volume smaller
+    than the window is padded with zeros.
+    """
 
     def predict(images: Tensor) -> Tensor:
         with torch.inference_mode(), fabric.autocast():
             return method.predict(networks, images.to(fabric.device)).float()
 
-    return predict
+    if method.patch is None:
+        return predict
+    window = method.patch
+
+    def predict_by_windows(images: Tensor) -> Tensor:
+        blended = sliding_window_inference(
+            images, window, WINDOWS, predict, 0.5, "gaussian", sw_device=fabric.device, device=images.device
+        )
+        return cast(Tensor, blended)
+
+    return predict_by_windows
 
 
 def stage_key(stage: Stage, data: TrainingData, seed: int, networks: nn.ModuleDict) -> str:

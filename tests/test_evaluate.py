@@ -26,6 +26,7 @@ from medlib.evaluate import (
     volume_metrics,
 )
 from medlib.rng import numpy_generator
+from medlib.train import make_fabric, predictor
 
 DISTANCES = ("assd", "hd95", "asd_directed_voxels", "hd95_pooled")
 MM = (10.0, 1.25, 1.5)
@@ -278,17 +279,42 @@ def test_predict_volume_is_the_network_slice_by_slice():
         torch.testing.assert_close(probabilities[1], image[:, 0])
 
 
-@pytest.mark.parametrize("patch", [(2, 4, 4), (5, 8, 8), (8, 16, 16)])
-def test_predict_volume_in_patches_blends_to_the_same(patch):
-    image = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    probabilities = predict_volume(two_classes, image, patch=patch, batch_size=2)
-    torch.testing.assert_close(probabilities[1], image[:, 0])
+@pytest.mark.parametrize("patch", [(2, 4, 4), (5, 8, 8), (8, 16, 16), (4, 16, 4)])
+def test_a_3d_method_sees_windows_that_blend_to_the_same(patch):
+    image = torch.rand(1, 1, 5, 8, 9, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def network(_, images):
+        seen.append(images.shape[2:])
+        return two_classes(images)
+
+    predict = predictor(SimpleNamespace(patch=patch, predict=network), torch.nn.ModuleDict(), make_fabric("cpu"))
+    probabilities = predict_volume(predict, image)
+    assert probabilities.shape == (2, 5, 8, 9)
+    torch.testing.assert_close(probabilities[1], image[0, 0])
+    assert set(seen) == {patch}, "a network sees windows of one size, a small volume padded"
+
+
+def test_windows_are_blended_with_more_weight_on_their_middle():
+    """A network that answers with where in its window a voxel lies."""
+
+    def network(_, images):
+        ramp = torch.linspace(0, 1, images.shape[2]).view(1, 1, -1, 1, 1).expand(images.shape)
+        return two_classes(ramp)
+
+    predict = predictor(SimpleNamespace(patch=(8, 4, 4), predict=network), torch.nn.ModuleDict(), make_fabric("cpu"))
+    line = predict_volume(predict, torch.zeros(1, 1, 12, 4, 4))[1, :, 2, 2]  # windows at 0..7 and 4..11
+    torch.testing.assert_close(line[:4], torch.linspace(0, 1, 8)[:4])
+    plain = (torch.linspace(0, 1, 8)[4:] + torch.linspace(0, 1, 8)[:4]) / 2
+    assert line[4] > plain[0] + 0.1 and line[7] < plain[3] - 0.1, "the window whose middle is nearer must win"
 
 
 @pytest.mark.parametrize(
     "predict, image, message",
     [
         (two_classes, torch.zeros(5, 8, 8), r"image.*\(5, 8, 8\)"),
+        (two_classes, torch.zeros(2, 1, 5, 8, 8), r"image.*\(2, 1, 5, 8, 8\)"),
+        (lambda x: two_classes(x)[0], torch.zeros(1, 1, 5, 8, 8), r"grid.*\(2, 5, 8, 8\)"),
         (lambda x: 3 * two_classes(x), torch.zeros(2, 1, 4, 4), "softmax"),
         (lambda x: two_classes(x) * math.nan, torch.zeros(2, 1, 4, 4), "finite"),
         (lambda x: two_classes(x)[..., 1:], torch.zeros(2, 1, 4, 4), r"grid.*\(2, 2, 4, 3\)"),
@@ -313,6 +339,9 @@ class Doubled:
             case=self.name, patient=self.name[:2], info={"phase": "ED"}, labels=self.labels, volume=self
         )
         self.image = self.label[:, ::2, ::2].astype(np.float16)
+
+    def inputs(self):
+        return torch.from_numpy(self.image.astype(np.float32))[:, None]
 
     def restore(self, probabilities):
         return probabilities.argmax(0).numpy().astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)

@@ -2,7 +2,7 @@
 
 from .cases import Case, DataError, DatasetInfo, Volume, labelled_cases, slice_positions
 from .phantoms import write_phantoms
-from .prepare import Prepared, Protocol, default_protocol, prepare
+from .prepare import Prepared, Protocol, VolumeProtocol, default_protocol, learn_statistics, prepare
 from .readers import DATASETS, dataset_info, load_volume, read_dataset
 from .splits import Split, split_cases
 
@@ -15,9 +15,11 @@ __all__ = [
     "Protocol",
     "Split",
     "Volume",
+    "VolumeProtocol",
     "dataset_info",
     "default_protocol",
     "labelled_cases",
+    "learn_statistics",
     "load_volume",
     "prepare",
     "read_dataset",

@@ -1,4 +1,4 @@
-"""From prepared volumes to batches: slices held on the device, and endless shuffled batches of their indices."""
+"""From prepared volumes to batches: slices held on the device, 3D patches, endless shuffled batches of their rows."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from medlib.data.cases import DatasetInfo, slice_positions
-from medlib.data.prepare import Prepared
+from medlib.data.patches import Patches
+from medlib.data.prepare import UNLABELLED, Prepared
 from medlib.data.splits import Split
-
-UNLABELLED = -1  # label value of a pixel that no loss may look at
 
 
 @dataclass
@@ -121,6 +120,7 @@ class TrainingData:
     val: list[Prepared]
     test: list[Prepared]
     _slices: dict[tuple[str, bool], Slices] = field(default_factory=dict, repr=False)
+    _patches: dict[tuple[str, tuple[int, int, int], bool], Patches] = field(default_factory=dict, repr=False)
 
     @property
     def classes(self) -> int:
@@ -140,13 +140,31 @@ class TrainingData:
             self._slices[key] = Slices.of(volumes, self.split.labelled, device)
         return self._slices[key]
 
+    def patches(self, device: torch.device | str, size: tuple[int, int, int], everything: bool = False) -> Patches:
+        """Random patches of the training volumes for a 3D method, brought to ``device``; see `Patches`.
+
+        Args:
+            size: (z, y, x) in voxels.
+            everything: as in `slices`.
+        """
+        key = (str(device), size, everything)
+        if key not in self._patches:
+            volumes = self.train + (self.val + self.test if everything else [])
+            self._patches[key] = Patches.of(volumes, self.split.labelled, size, device)
+        return self._patches[key]
+
     def fingerprint(self, labels: bool, everything: bool = False) -> str:
         """A hash of what a stage of training can see: every volume's content and, with ``labels``, who is labelled."""
         volumes = self.train + (self.val + self.test if everything else [])
         digest = hashlib.sha256()
         for volume in volumes:
             digest.update(f"{volume.case.case} {volume.image.shape}".encode())
-            digest.update(volume.image.tobytes())
+            digest.update(_bytes(volume.image))
             if labels and volume.label is not None and volume.case.patient in self.split.labelled:
-                digest.update(volume.label.tobytes())
+                digest.update(_bytes(volume.label))
         return digest.hexdigest()
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """An array's bytes in C order, without a copy of a memory-mapped volume."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

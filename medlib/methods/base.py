@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from medlib.data.batches import ShuffledRows, TrainingData
-from medlib.data.prepare import Protocol
+from medlib.data.cases import DatasetInfo
+from medlib.data.prepare import Preparation, Protocol
 from medlib.rng import generator
 
 SCALES = ("ci", "laptop", "paper")
@@ -123,9 +124,14 @@ class Method(ABC):
     image_size: int
     spacing: float | None
 
-    def protocol(self) -> Protocol:
-        """How its data are prepared."""
-        return Protocol(size=self.image_size, spacing=self.spacing, normalise="zscore", clip=None)
+    @property
+    def patch(self) -> tuple[int, int, int] | None:
+        """Of a 3D method: the windows (z, y, x) in voxels by which it predicts a volume. None: it predicts slices."""
+        return None
+
+    def protocol(self, info: DatasetInfo) -> Preparation:
+        """How its data are prepared; a 3D method returns a `VolumeProtocol`."""
+        return Protocol(self.image_size, self.spacing, window=info.window)
 
     @abstractmethod
     def networks(self, classes: int) -> nn.ModuleDict:

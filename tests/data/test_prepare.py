@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import importlib
 import os
@@ -12,8 +13,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from medlib.data import DataError, Protocol, dataset_info, default_protocol, load_volume, prepare, read_dataset
-from medlib.data.prepare import Prepared, cache_key, fit, prepare_arrays
+from medlib.data import (
+    DataError,
+    Protocol,
+    VolumeProtocol,
+    dataset_info,
+    default_protocol,
+    labelled_cases,
+    learn_statistics,
+    load_volume,
+    prepare,
+    read_dataset,
+)
+from medlib.data.prepare import Prepared, Statistics, cache_key, fit
 
 from .trees import write_official, write_ssl4mis
 
@@ -62,7 +74,7 @@ def test_in_plane_resampling_goes_by_the_spacing(cases, tmp_path):
 
 def test_z_scoring_comes_before_padding():
     image = np.random.default_rng(0).normal(500, 40, (4, 20, 20)).astype(np.float32)
-    out = prepare_arrays(image, None, (8, 1, 1), 4, Protocol(size=40, spacing=1))[0].astype(np.float32)
+    out = Protocol(size=40, spacing=1).arrays(image, None, (8, 1, 1))[0].astype(np.float32)
     inside = out[:, 10:30, 10:30]
     assert inside.mean() == pytest.approx(0, abs=1e-3) and inside.std() == pytest.approx(1, abs=1e-3)
     out[:, 10:30, 10:30] = 0
@@ -71,19 +83,19 @@ def test_z_scoring_comes_before_padding():
 
 def test_minmax_clip_and_none():
     image = np.linspace(0, 1000, 4 * 16 * 16, dtype=np.float32).reshape(4, 16, 16)
-    scaled = prepare_arrays(image, None, None, 4, Protocol(16, normalise="minmax"))[0]
+    scaled = Protocol(16, normalise="minmax").arrays(image, None, None)[0]
     assert (scaled.min(), scaled.max()) == (0, 1)
-    kept = prepare_arrays(image, None, None, 4, Protocol(16, normalise="none", clip=(10, 90)))[0]
+    kept = Protocol(16, normalise="none", clip=(10, 90)).arrays(image, None, None)[0]
     assert kept.dtype == np.float32
     assert (kept.min(), kept.max()) == (pytest.approx(100), pytest.approx(900))
-    np.testing.assert_array_equal(prepare_arrays(image, None, None, 4, Protocol(16, normalise="none"))[0], image)
+    np.testing.assert_array_equal(Protocol(16, normalise="none").arrays(image, None, None)[0], image)
 
 
 def test_without_a_spacing_the_whole_field_of_view_is_resized():
     image = np.zeros((1, 20, 40), np.float32)
     image[:, :, 20:] = 1
-    for spacing, protocol in ((None, Protocol(16, 1.0, "none")), ((8, 1, 1), Protocol(16, None, "none"))):
-        out = prepare_arrays(image, None, spacing, 4, protocol)[0][0]
+    for spacing, protocol in ((None, Protocol(16, 1.0, normalise="none")), ((8, 1, 1), Protocol(16, normalise="none"))):
+        out = protocol.arrays(image, None, spacing)[0][0]
         assert out.shape == (16, 16)
         np.testing.assert_allclose(out[:, :7], 0, atol=1e-6)
         np.testing.assert_allclose(out[:, 9:], 1, atol=1e-6)
@@ -91,7 +103,7 @@ def test_without_a_spacing_the_whole_field_of_view_is_resized():
 
 def test_a_coarser_grid_averages():
     image = np.random.default_rng(1).integers(0, 2, (1, 64, 64)).astype(np.float32)
-    coarse = prepare_arrays(image, None, None, 4, Protocol(8, normalise="none"))[0]
+    coarse = Protocol(8, normalise="none").arrays(image, None, None)[0]
     assert coarse.std() < 0.15, "pixels were skipped, not averaged"
 
 
@@ -99,7 +111,7 @@ def test_a_label_follows_its_image():
     label = np.zeros((3, 50, 60), np.uint8)
     label[:, 10:30, 20:44] = 3
     image = np.where(label == 3, 100.0, 0).astype(np.float32)
-    out, mask = prepare_arrays(image, label, (8, 1.1, 0.9), 4, Protocol(96, 0.7, "none"))
+    out, mask = Protocol(96, 0.7, normalise="none").arrays(image, label, (8, 1.1, 0.9))
     assert mask is not None
     np.testing.assert_array_equal(mask == 3, out > 50)
 
@@ -119,7 +131,7 @@ def test_a_label_prepared_and_restored_is_itself(shape, pixel, spacing, size):
     label = np.stack([np.where(distance < 25, 3, np.where(distance < 37, 2, 0))] * 2).astype(np.uint8)
     image = np.random.default_rng(0).normal(size=label.shape).astype(np.float32)
     native = (8.0, pixel, pixel)
-    prepared, mask = prepare_arrays(image, label, native, 4, Protocol(size, spacing))
+    prepared, mask = Protocol(size, spacing).arrays(image, label, native)
     item = Prepared(None, Protocol(size, spacing), prepared, mask, label.shape, native)  # type: ignore[arg-type]
     back = item.restore(one_hot(mask))
     assert back.shape == label.shape and back.dtype == np.uint8
@@ -142,7 +154,7 @@ def test_what_was_cropped_away_is_background():
     label = np.full((2, 40, 40), 3, np.uint8)
     image = np.random.default_rng(0).normal(size=label.shape).astype(np.float32)
     protocol = Protocol(20, 1.0)
-    out, mask = prepare_arrays(image, label, (8, 1, 1), 4, protocol)
+    out, mask = protocol.arrays(image, label, (8, 1, 1))
     item = Prepared(None, protocol, out, mask, label.shape, (8, 1, 1))  # type: ignore[arg-type]
     probabilities = one_hot(mask)
     before = probabilities.clone()
@@ -174,6 +186,10 @@ def test_restore_refuses_another_shape(cases, tmp_path):
         ({"size": 32, "spacing": 0.0}, "spacing must be > 0"),
         ({"size": 32, "normalise": "z"}, "normalise must be one of zscore"),
         ({"size": 32, "clip": (99, 1)}, "clip must be two rising"),
+        ({"size": 32, "window": (250, -125)}, r"window must be two rising intensities.*\(250, -125\)"),
+        ({"size": 32, "window": (-125, float("nan"))}, "window must be two rising"),
+        ({"size": 32, "window": (-125, 275), "clip": (1, 99)}, r"not both: \(-125, 275\), \(1, 99\)"),
+        ({"size": 32, "statistics": Statistics(None, 0, 1)}, "statistics are for normalise='dataset', got .*'zscore'"),
     ],
 )
 def test_a_protocol_refuses_nonsense(settings_, message):
@@ -181,8 +197,222 @@ def test_a_protocol_refuses_nonsense(settings_, message):
         Protocol(**settings_)
 
 
+@pytest.mark.parametrize("spacing", [(1, 1), (1, 0, 1), (1, 1, float("nan"))])
+def test_a_volume_protocol_refuses_nonsense(spacing):
+    with pytest.raises(ValueError, match=r"spacing must be \(z, y, x\)"):
+        VolumeProtocol(spacing)
+
+
 def test_the_default_protocol_is_the_papers():
-    assert default_protocol(dataset_info("acdc")) == Protocol(352, 1.25, "zscore", None)
+    acdc = dataset_info("acdc")
+    assert default_protocol(acdc) == Protocol(352, 1.25, normalise="zscore")
+    assert default_protocol(dataclasses.replace(acdc, window=(-125, 275))).window == (-125, 275)
+
+
+# ---------------------------------------------------------------------------------------------------- intensities
+
+
+def test_a_window_cuts_in_hounsfield_units_and_minmax_then_means_the_same_everywhere():
+    image = np.linspace(-1000, 1000, 4 * 16 * 16, dtype=np.float32).reshape(4, 16, 16)
+    cut = Protocol(16, normalise="none", window=(-125, 275)).arrays(image, None, None)[0]
+    np.testing.assert_array_equal(cut, np.clip(image, -125, 275))
+    for volume in (image, image[1:3]):  # the second never reaches the ends of the window
+        scaled = Protocol(16, normalise="minmax", window=(-500, 1500)).arrays(volume, None, None)[0]
+        np.testing.assert_allclose(scaled, (np.clip(volume, -500, 1500) + 500) / 2000, atol=1e-3)
+    scored = Protocol(16, window=(-125, 275)).arrays(image, None, None)[0].astype(np.float64)
+    expected = np.clip(image, -125, 275)
+    np.testing.assert_allclose(scored, (expected - expected.mean()) / expected.std(), atol=2e-3)
+
+
+def test_dataset_statistics_cut_shift_and_scale():
+    image = np.linspace(-1000, 1000, 4 * 16 * 16, dtype=np.float32).reshape(4, 16, 16)
+    protocol = Protocol(16, normalise="dataset", clip=(0.5, 99.5))
+    with pytest.raises(ValueError, match="needs statistics: take them from learn_statistics"):
+        protocol.arrays(image, None, None)
+    learnt = dataclasses.replace(protocol, statistics=Statistics((-20.0, 320.0), 214.0, 100.0))
+    expected = (np.clip(image, -20, 320) - 214) / 100
+    np.testing.assert_allclose(learnt.arrays(image, None, None)[0], expected, atol=2e-3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 7), st.floats(-5e3, 5e3), st.floats(1e-3, 1e3), st.integers(0, 9))
+def test_moments_are_those_of_numpy(depth, mean, std, seed):
+    grid = np.random.default_rng(seed).normal(mean, std, (depth, 9, 11)).astype(np.float32)
+    expected = grid.mean(dtype=np.float64), grid.std(dtype=np.float64)
+    assert module._moments(grid) == pytest.approx(expected, rel=1e-12)
+
+
+LEARNT = Protocol(32, normalise="dataset", clip=(0.5, 99.5))
+
+
+def foreground_of(cases) -> list[np.ndarray]:
+    volumes = [load_volume(case) for case in cases]
+    return [volume.image[volume.label > 0].astype(np.float64) for volume in volumes]
+
+
+def test_statistics_are_those_of_the_foreground_and_each_scan_counts_the_same(cases, tmp_path):
+    labelled = labelled_cases(cases)
+    found = learn_statistics(labelled, LEARNT, tmp_path, progress=False)
+    values = [
+        np.quantile(v, (np.arange(10_000) + 0.5) / 10_000, method="inverted_cdf") for v in foreground_of(labelled)
+    ]
+    pooled = np.concatenate(values)
+    assert found.cut == pytest.approx(tuple(np.percentile(pooled, (0.5, 99.5))), abs=1e-3)
+    cut = np.clip(pooled, *found.cut)
+    assert (found.mean, found.std) == (pytest.approx(cut.mean(), rel=1e-4), pytest.approx(cut.std(), rel=1e-3))
+    windowed = learn_statistics(labelled, Protocol(32, normalise="dataset", window=(50, 100)), tmp_path, progress=False)
+    assert windowed.cut == (50, 100) and 50 <= windowed.mean <= 100
+    plain = learn_statistics(labelled[:1], Protocol(32, normalise="dataset"), tmp_path, progress=False)
+    (only,) = foreground_of(labelled[:1])
+    assert plain == Statistics(None, pytest.approx(only.mean(), rel=1e-4), pytest.approx(only.std(), rel=1e-3))
+
+
+def test_statistics_are_learnt_once_in_any_order_and_are_part_of_the_key(cases, tmp_path, monkeypatch):
+    labelled = labelled_cases(cases)
+    loaded = count_loads(monkeypatch)
+    found = learn_statistics(labelled, LEARNT, tmp_path, progress=False)
+    assert len(loaded) == len(labelled)
+    assert learn_statistics(labelled[::-1], LEARNT, tmp_path, progress=False) == found
+    assert len(loaded) == len(labelled)
+    other = learn_statistics(labelled[:1], LEARNT, tmp_path, progress=False)
+    assert other != found
+    keys = {cache_key(cases[0], dataclasses.replace(LEARNT, statistics=one)) for one in (None, found, other)}
+    assert len(keys) == 3
+    os.utime(labelled[0].images[0], ns=(1, 1))
+    learn_statistics(labelled, LEARNT, tmp_path, progress=False)
+    assert len(loaded) == 2 * len(labelled) + 1
+    assert not [path for path in tmp_path.glob("*/.*")]
+
+
+def test_statistics_refuse_what_nothing_can_be_learnt_from(cases, tmp_path, monkeypatch):
+    bare = [case for case in cases if not case.labels][:1]
+    for wrong, message in ((bare, bare[0].case), ([], "at least one")):
+        with pytest.raises(ValueError, match=message):
+            learn_statistics(wrong, LEARNT, tmp_path, progress=False)
+    original = module.load_volume
+
+    def empty(case):
+        volume = original(case)
+        volume.label[:] = 0
+        return volume
+
+    monkeypatch.setattr(module, "load_volume", empty)
+    with pytest.raises(DataError, match=r"no voxel of 1 labels is foreground \(.*patient001"):
+        learn_statistics(labelled_cases(cases)[:1], LEARNT, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="needs statistics"):
+        prepare(cases, LEARNT, tmp_path, progress=False)
+
+
+# -------------------------------------------------------------------------------------------------- whole volumes
+
+
+def test_a_volume_is_resampled_along_all_axes_and_keeps_its_shape(cases, tmp_path):
+    case = cases[0]  # 6 x 24 x 20 voxels
+    native = load_volume(case)
+    item = prepare([case], VolumeProtocol((2.5, 1.2, 1.0)), tmp_path, progress=False)[0]
+    expected = tuple(
+        round(n * mm / to) for n, mm, to in zip(native.image.shape, native.spacing, (2.5, 1.2, 1), strict=True)
+    )
+    assert item.image.shape == item.label.shape == expected and item.image.dtype == np.float16
+    assert item.inputs().shape == (1, 1, *expected) and item.inputs().dtype == torch.float32
+    with pytest.raises(ValueError, match=r"must be \(C, "):
+        item.restore(torch.zeros(4, *native.image.shape))
+    back = item.restore(one_hot(item.label))
+    assert back.shape == native.label.shape
+    assert min(dice(back, native.label, value) for value in (1, 2, 3)) > 0.85
+
+
+def test_without_a_spacing_a_volume_stays_as_it_is(cases, tmp_path):
+    native = load_volume(cases[0])
+    protocol = VolumeProtocol(None, normalise="none")
+    image, label = protocol.arrays(native.image, native.label, native.spacing)
+    np.testing.assert_array_equal(image, native.image)
+    np.testing.assert_array_equal(label, native.label)
+
+
+def test_a_volume_without_spacing_cannot_be_resampled(tmp_path):
+    cases = read_dataset("acdc", write_ssl4mis(tmp_path / "ssl"))
+    with pytest.raises(
+        DataError, match=r"\.h5: a scan without voxel spacing cannot be resampled.*VolumeProtocol\(None\)"
+    ):
+        prepare(cases[:1], VolumeProtocol((1, 1, 1)), tmp_path / "cache", progress=False)
+    assert prepare(cases[:1], VolumeProtocol(None), tmp_path / "cache", progress=False)[0].spacing is None
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(3, 40), st.integers(3, 40))
+def test_depth_is_resampled_as_the_plane_is(depth, target):
+    image = np.random.default_rng(depth).normal(size=(depth, 5, 4)).astype(np.float32)
+    spacing = (target / depth, 1.0, 1.0)
+    along = VolumeProtocol((1, 1, 1), normalise="none").arrays(image, None, spacing)[0]
+    turned = torch.from_numpy(image).permute(1, 0, 2)[None]  # the slice axis as rows
+    expected = module.resample(turned, target, 4)[0].permute(1, 0, 2).numpy()
+    np.testing.assert_allclose(along, expected, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.tuples(st.integers(12, 40), st.integers(16, 48), st.integers(16, 48)),
+    st.tuples(*[st.floats(0.7, 3.0)] * 3),
+    st.floats(0.6, 1.0),
+)
+def test_a_volume_prepared_and_restored_is_itself(shape, spacing, finer):
+    """Two balls that touch: on a grid no coarser than the scan's, hardly a voxel is lost."""
+    z, y, x = (np.arange(n) + 0.5 for n in shape)
+    middle = [n / 2 for n in shape]
+    away = np.sqrt(sum(((g - m) / m) ** 2 for g, m in zip(np.meshgrid(z, y, x, indexing="ij"), middle, strict=True)))
+    label = np.where(away < 0.5, 2, np.where(away < 0.85, 1, 0)).astype(np.uint8)
+    image = label.astype(np.float32)
+    protocol = VolumeProtocol(tuple(mm * finer for mm in spacing), normalise="none")
+    prepared, mask = protocol.arrays(image, label, spacing)
+    assert prepared.shape == mask.shape == protocol.grid(shape, spacing)
+    assert np.abs(prepared - mask)[1:-1, 1:-1, 1:-1].max() <= 1.5, "image and label lie on different grids"
+    item = Prepared(None, protocol, prepared, mask, shape, spacing)  # type: ignore[arg-type]
+    back = item.restore(torch.nn.functional.one_hot(torch.from_numpy(mask).long(), 3).movedim(-1, 0).float())
+    assert back.shape == shape and min(dice(back, label, 1), dice(back, label, 2)) > 0.93
+
+
+def test_labels_are_linear_one_hot_maps_of_which_the_largest_wins():
+    label = np.random.default_rng(3).choice([0, 1, 5, 9], (9, 20, 22)).astype(np.uint8)
+    spacing, protocol = (1.7, 0.9, 1.3), VolumeProtocol((1.1, 1.0, 1.0))
+    mask = protocol.arrays(label.astype(np.float32), label, spacing)[1]
+    maps = torch.nn.functional.one_hot(torch.from_numpy(label).long(), 10).movedim(-1, 0).float()  # (10, Z, H, W)
+    plane = module.resample(maps, *mask.shape[1:])
+    depth = module.resample(plane.permute(2, 0, 1, 3), mask.shape[0], mask.shape[2]).permute(1, 2, 0, 3)
+    two = depth.topk(2, dim=0).values
+    clear = (two[0] - two[1] > 1e-5).numpy()
+    np.testing.assert_array_equal(mask[clear], depth.argmax(dim=0).numpy()[clear])
+    assert clear.mean() > 0.98
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from medlib.data import VolumeProtocol
+torch.set_num_threads(1)
+def memory(name):
+    return 1024 * int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
+depth, side = int(sys.argv[1]), int(sys.argv[2])
+rows = np.repeat(np.arange(14, dtype=np.uint8), -(-side // 14))[:side, None]
+label = np.broadcast_to(rows, (depth, side, side)).copy()
+image = np.random.default_rng(0).random(label.shape, np.float32)
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+before = memory("VmRSS")
+protocol = VolumeProtocol((1.1, 0.9, 0.9), **eval(sys.argv[3]))  # in plane nothing gets smaller
+protocol.arrays(image, label, (1, 0.9, 0.9))
+print((memory("VmHWM") - before) / image.size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures with /proc, which only Linux has")
+@pytest.mark.parametrize("intensities", ["{'clip': (0.5, 99.5)}", "{'window': (0.1, 0.9)}"])
+def test_memory_above_the_volume_stays_within_its_share_of_two_gigabytes(intensities):
+    """2 GiB for 400 x 512 x 512 are 20 bytes a voxel; one float64 copy would add 8, one-hot maps of 14 classes 56."""
+    command = [sys.executable, "-c", MEMORY, "100", "320", intensities]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 4 < float(done.stdout) < 16, "bytes a voxel"
 
 
 # --------------------------------------------------------------------------------------------------- the cache

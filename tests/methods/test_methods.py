@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from medlib.data import dataset_info
 from medlib.methods import Streams, available, build
 from medlib.methods.baselines import slice_partition
 from tests.tiny import SETTINGS, SIDE, training_data
@@ -28,7 +29,7 @@ def test_every_method_of_the_foundation_is_known():
 @pytest.mark.parametrize("scale", ["ci", "laptop", "paper"])
 def test_every_method_builds_at_every_scale(name, scale):
     method = build(name, scale=scale)
-    assert method.image_size % 16 == 0 and method.protocol().size == method.image_size
+    assert method.image_size % 16 == 0 and method.protocol(dataset_info("acdc")).size == method.image_size
 
 
 def test_defaults_are_those_of_the_paper():
