@@ -41,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="look through a data set's folder before anything trains on it")
     check.add_argument("name", help="data set, such as acdc")
     check.add_argument("root", type=Path, help="its folder")
+    check.add_argument(
+        "--figure", type=Path, metavar="PAGE", help="also one page of pictures: .html, .png, .pdf or .svg"
+    )
     check.set_defaults(command=command_check)
 
     phantoms = commands.add_parser("phantoms", help="draw phantom patients in a data set's own layout")
@@ -115,6 +118,11 @@ def command_check(options: argparse.Namespace) -> int:
 
     report = check_dataset(options.name, options.root, progress=sys.stderr.isatty())
     print(report)
+    if options.figure is not None:
+        from medlib.explore.report import check_page, write_page
+
+        write_page(check_page(report), resolve(options.figure))
+        print(f"Figure: {shorten(resolve(options.figure))}")
     return 0 if report.ok else 1
 
 

@@ -1,5 +1,6 @@
 """A look at a data set before anything is trained on it: what is there, what is odd, what would stop a training."""
 
+import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,12 +11,22 @@ from tqdm.auto import tqdm
 
 from ..paths import resolve, shorten
 from .cases import Case, DataError, DatasetInfo, Volume, labelled_cases
+from .phantoms import STAMP
 from .readers import dataset_info, find_reader, load_volume, read_dataset
+from .scans import UNSTATED
+
+PIXELS = 200  # of the longer side of the slice that is kept of each scan
+SAMPLES = 20_000  # voxels of each scan that are kept for histograms
+PLAUSIBLE = (0.1, 20.0)  # mm between voxels
 
 
 @dataclass
 class Summary:
-    """What is kept of one scan: a volume is looked at and let go."""
+    """What is kept of one scan: a volume is looked at and let go.
+
+    `image` and `label` are one slice, the middle one of those that show a structure, every n-th pixel of it; `aspect`
+    is the height of its pixels over their width. `sample` and `sample_label` are voxels spread over the volume.
+    """
 
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float] | None
@@ -23,14 +34,41 @@ class Summary:
     median: float
     high: float
     voxels: np.ndarray | None  # (C,) label voxels per class
+    image: np.ndarray
+    label: np.ndarray | None
+    sample: np.ndarray
+    sample_label: np.ndarray | None
+    digest: str  # equal for equal images
+    remarks: tuple[str, ...]
+
+    @property
+    def aspect(self) -> float:
+        """Height over width of a pixel of the slice, in mm."""
+        return 1.0 if self.spacing is None else self.spacing[1] / self.spacing[2]
 
     @classmethod
     def of(cls, volume: Volume, classes: int) -> "Summary":
         """Summarise a loaded volume; intensities are its 1st, 50th and 99th percentile."""
         low, median, high = np.percentile(volume.image, (1, 50, 99))
-        voxels = None if volume.label is None else np.bincount(volume.label.ravel(), minlength=classes)
+        voxels, shown = None, None
+        middle = len(volume.image) // 2
+        if volume.label is not None:
+            voxels = np.bincount(volume.label.ravel(), minlength=classes)
+            seen = np.flatnonzero((volume.label > 0).any(axis=(1, 2)))
+            middle = int(seen[len(seen) // 2]) if len(seen) else middle
         depth, height, width = volume.image.shape
-        return cls((depth, height, width), volume.spacing, float(low), float(median), float(high), voxels)
+        step = max(1, -(-max(height, width) // PIXELS))
+        cut = (middle, slice(None, None, step), slice(None, None, step))
+        spread = slice(None, None, max(1, volume.image.size // SAMPLES) | 1)  # odd, so that no column is always met
+        sampled = None
+        if volume.label is not None:
+            shown, sampled = volume.label[cut].copy(), volume.label.ravel()[spread].copy()
+        sample = volume.image.ravel()[spread].copy()
+        digest = hashlib.sha256(repr(volume.image.shape).encode() + sample.tobytes()).hexdigest()
+        return cls(
+            (depth, height, width), volume.spacing, float(low), float(median), float(high), voxels,
+            volume.image[cut].copy(), shown, sample, sampled, digest, volume.remarks,
+        )  # fmt: skip
 
 
 @dataclass
@@ -44,6 +82,12 @@ class Report:
     notes: list[str] = field(default_factory=list)
     anomalies: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    phantom: bool = False
+
+    @property
+    def title(self) -> str:
+        """The data set's title, and that it is a phantom where it is one."""
+        return f"{self.info.title}{', PHANTOM (drawn, not measured on patients)' if self.phantom else ''}"
 
     @property
     def ok(self) -> bool:
@@ -52,7 +96,7 @@ class Report:
 
     def text(self) -> str:
         """The report as plain text."""
-        lines = [f"{self.info.title} in {shorten(self.root)}"]
+        lines = [f"{self.title} in {shorten(self.root)}"]
         if self.cases:
             lines += self._contents()
         if self.summaries:
@@ -100,9 +144,10 @@ class Report:
         counts = [summary.voxels for summary in found if summary.voxels is not None]
         if counts:
             total = np.sum(counts, axis=0)
+            widest = max(10, *map(len, self.info.classes))
             for index, name in enumerate(self.info.classes):
                 share, scans = total[index] / total.sum(), sum(bool(count[index]) for count in counts)
-                lines.append(f"  class {index}   {name:<10} {share:7.3%} of voxels, {scans}/{len(counts)} scans")
+                lines.append(f"  class {index:<3} {name:<{widest}} {share:7.3%} of voxels, {scans}/{len(counts)} scans")
         return lines
 
 
@@ -117,10 +162,12 @@ def check_dataset(name: str, root: str | Path, workers: int = 2, progress: bool 
 
     What is wrong with the data is in the report's `problems`, not raised. Raises `ValueError` for an unknown name only.
     """
-    info, folder = dataset_info(name), resolve(root)
-    report = Report(info, folder)
+    folder = resolve(root)
+    report = Report(dataset_info(name), folder)
+    report.phantom = any((place / STAMP).is_file() for place in (folder, folder.parent))
     try:
         report.cases = read_dataset(name, folder)
+        report.info = report.cases[0].about
         report.notes = find_reader(name, folder).notes(folder)
     except (DataError, FileNotFoundError) as error:
         report.problems.append(str(error))
@@ -129,7 +176,7 @@ def check_dataset(name: str, root: str | Path, workers: int = 2, progress: bool 
 
     def look(case: Case) -> tuple[Case, Summary | str]:
         try:
-            return case, Summary.of(load_volume(case), len(info.classes))
+            return case, Summary.of(load_volume(case), len(case.about.classes))
         except (DataError, FileNotFoundError) as error:
             return case, str(error)
 
@@ -149,18 +196,53 @@ def check_dataset(name: str, root: str | Path, workers: int = 2, progress: bool 
 
 
 def _anomalies(report: Report) -> list[str]:
-    """Scans that can be used and yet deserve a look: a class is absent, or the shape or intensities are far off."""
-    found: list[str] = []
+    """Scans that can be used and yet deserve a look."""
+    found = _twins(report)
+    names = report.info.classes
     for name, summary in report.summaries.items():
+        found += [f"{name}: {remark}" for remark in summary.remarks]
         if summary.voxels is not None:
-            absent = [report.info.classes[i] for i in np.flatnonzero(summary.voxels == 0)]
-            if absent:
-                found.append(f"{name} has no {', no '.join(absent)}")
+            if not summary.voxels[1:].any():
+                found.append(f"{name} has a label that is all background")
+            elif (summary.voxels == 0).any():
+                found.append(f"{name} has no {', no '.join(names[i] for i in np.flatnonzero(summary.voxels == 0))}")
         if summary.shape[0] < 3:
             found.append(f"{name} has only {summary.shape[0]} slices")
+        if summary.spacing is not None:
+            found += _odd_spacing(name, summary.spacing)
+    counts = [summary.voxels for summary in report.summaries.values() if summary.voxels is not None]
+    if counts:
+        absent = np.flatnonzero(np.sum(counts, axis=0) == 0)
+        found += [f"no scan at all has {names[i]}: nothing can be learnt about it" for i in absent]
     widths = {name: summary.high - summary.low for name, summary in report.summaries.items()}
     middle = float(np.median(list(widths.values()))) if widths else 0.0
-    for name, width in widths.items():
-        if not middle / 10 <= width <= middle * 10:
-            found.append(f"{name} has intensities over {width:.4g}, the median scan over {middle:.4g}")
+    odd = [name for name, width in widths.items() if not middle / 10 <= width <= middle * 10]
+    found += [f"{name} has intensities over {widths[name]:.4g}, the median scan over {middle:.4g}" for name in odd[:3]]
+    if len(odd) > 3:
+        found.append(f"{len(odd) - 3} more scans have intensities ten times wider or narrower than the median scan")
+    unstated = [case.case for case in report.cases if case.info.get("axes") == UNSTATED]
+    if unstated:
+        found.append(f"{len(unstated)} headers do not say how the scan lies ({unstated[0]}, ...): LAS is assumed")
     return found
+
+
+def _twins(report: Report) -> list[str]:
+    """Scans of different patients whose images are the same: a patient under two names, on two sides of a split."""
+    patient = {case.case: case.patient for case in report.cases}
+    first: dict[str, str] = {}
+    found = []
+    for name, summary in report.summaries.items():
+        other = first.setdefault(summary.digest, name)
+        if patient[other] != patient[name]:
+            found.append(f"{name} and {other} are the same image under two patients: remove one before splitting")
+    return found
+
+
+def _odd_spacing(name: str, spacing: tuple[float, float, float]) -> list[str]:
+    low, high = min(spacing), max(spacing)
+    text = " x ".join(f"{value:.4g}" for value in spacing)
+    if low < PLAUSIBLE[0] or high > PLAUSIBLE[1]:
+        return [f"{name} has a spacing of {text} mm: are the units right?"]
+    if max(spacing[1:]) > 2 * min(spacing[1:]) or high > 20 * low:
+        return [f"{name} has voxels of {text} mm, far from square: is the header right?"]
+    return []

@@ -114,7 +114,7 @@ def find_scans(
         labels = (files["label"],) if "label" in files else ()
         if source.label is not None and not labels:
             raise DataError(f"{files['image']} has no label {source.label.format(number)}.nii.gz: unpack it again")
-        facts = source.info(number) | {"orientation": check_headers(files["image"], files.get("label"), channels)}
+        facts = source.info(number) | {"axes": check_headers(files["image"], files.get("label"), channels)}
         name, frame = source.case.format(number), None if channels is None else 0
         cases.append(Case(info, name, name, (files["image"],), labels, reader, frame, source.part, facts))
     return cases

@@ -1,4 +1,13 @@
-"""Which patients are learnt from with labels, without, chosen on and reported: always whole patients."""
+"""Which patients are learnt from with labels, without, chosen on and reported: always whole patients.
+
+Published lists are files `data/splits/<data set>_<protocol>.json`; one that has `dataset` is a protocol by this name.
+Such a file holds
+
+- `source`, and `reading`: which reading was taken where the source contradicts itself or leaves something open.
+- `patient`: how a patient's id is made from an id in the lists, `{}` standing for it.
+- `train`, `val`, `test`: ids. `train` may be lists by label ratio, where a ratio changes the unlabelled patients.
+- `labelled`: lists by label ratio; or one list, of which a ratio of the training patients is taken from the front.
+"""
 
 import json
 import math
@@ -127,6 +136,51 @@ def coral_split(cases: Sequence[Case], fold: int, labelled: int) -> Split:
     return Split(f"CORAL fold {fold}", tuple(chosen[:labelled]), rest, tuple(val), ())
 
 
+def protocols(name: str) -> list[str]:
+    """The protocols with published lists for the data set `name`, besides "common" and CORAL's folds."""
+    files = sorted(SPLITS.glob(f"{name}_*.json"))
+    return [file.stem.removeprefix(f"{name}_") for file in files if "dataset" in published(file.stem)]
+
+
+def listed_split(
+    name: str, cases: Sequence[Case], protocol: str, ratio: float | None = None, labelled: int | None = None
+) -> Split:
+    """The published lists of `protocol` for the data set `name`; patients in none of them are left out.
+
+    Raises `ValueError` for a ratio or number of labelled patients that was not published, `DataError` where listed
+    patients, or the labels of those that need one, are not among `cases`.
+    """
+    lists = published(f"{name}_{protocol}")
+    chosen = _labelled(lists, f"{name}_{protocol}", ratio, labelled)
+    train = lists["train"][chosen[0]] if isinstance(lists["train"], dict) else lists["train"]
+    parts = {"labelled": chosen[1], "unlabelled": [i for i in train if i not in set(chosen[1])]}
+    parts |= {part: lists[part] for part in ("val", "test")}
+    patients = {part: tuple(lists["patient"].format(i) for i in ids) for part, ids in parts.items()}
+    here, with_label = set(_patients(cases)), set(_patients(labelled_cases(cases)))
+    absent = [
+        p for part, ids in patients.items() for p in ids if p not in (here if part == "unlabelled" else with_label)
+    ]
+    if absent:
+        shown = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+        missing = f"{len(absent)} patients that are not here or have no label"
+        raise DataError(f"protocol {protocol!r} of {name!r} needs {missing}: {shown}")
+    return Split(f"{name}, {protocol}", **patients)
+
+
+def _labelled(lists: dict[str, Any], file: str, ratio: float | None, labelled: int | None) -> tuple[str, list[str]]:
+    """The key of the published ratio ("" for a list that any ratio cuts) and the labelled ids."""
+    published_lists = lists["labelled"]
+    if isinstance(published_lists, list):
+        return "", published_lists[: _count(lists["train"], ratio, labelled)]
+    if (ratio is None) == (labelled is None):
+        raise ValueError(f"give either ratio or labelled, not both or neither (ratio={ratio}, labelled={labelled})")
+    for key, ids in published_lists.items():
+        if len(ids) == labelled or ratio is not None and math.isclose(float(key), ratio):
+            return key, ids
+    counts = ", ".join(f"{key} ({len(ids)} patients)" for key, ids in published_lists.items())
+    raise ValueError(f"{file} was published for the ratios {counts}: got ratio={ratio}, labelled={labelled}")
+
+
 def split_cases(
     name: str,
     cases: Sequence[Case],
@@ -140,10 +194,14 @@ def split_cases(
     """The split of the data set `name` under a protocol, with `ratio` or a number of `labelled` patients.
 
     "common": the published SSL4MIS lists for `acdc` where all of their train and val patients are there, else
-    `ratio_split`. "coral": CORAL's fold `fold` of ACDC (needs `labelled`).
+    `ratio_split`. "coral": CORAL's fold `fold` of ACDC (needs `labelled`). Any other name: a published list of this
+    data set, see `protocols`.
     """
+    if protocol in protocols(name):
+        return listed_split(name, cases, protocol, ratio, labelled)
     if protocol not in ("common", "coral"):
-        raise ValueError(f"protocol must be 'common' or 'coral', got {protocol!r}")
+        known = ", ".join(repr(entry) for entry in ("common", "coral", *protocols(name)))
+        raise ValueError(f"protocol must be one of {known} for {name!r}, got {protocol!r}")
     if protocol == "coral":
         if name != "acdc" or labelled is None:
             raise ValueError(

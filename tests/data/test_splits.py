@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
 from medlib.data import Case, DataError, dataset_info, read_dataset, split_cases
-from medlib.data.splits import Split, acdc_split, coral_split, published, ratio_split
+from medlib.data.splits import Split, acdc_split, coral_split, protocols, published, ratio_split
 from medlib.paths import SPLITS
 
 from .trees import write_ssl4mis
@@ -190,6 +190,111 @@ def test_the_lists_agree_with_corals_recipe():
         assert fold["val"] == [f"patient{number + 1:03d}" for number in val]
         drawn = random.Random(1234).sample([int(number) + 1 for number in train], 10)
         assert fold["labelled"] == [f"patient{number:03d}" for number in drawn]
+
+
+# --------------------------------------------------------------------------- published lists of the other data sets
+
+LISTS = sorted(path.stem for path in SPLITS.glob("*.json") if "dataset" in published(path.stem))
+COUNTS = {  # train, val, test and labelled patients by ratio, as the notes on the papers and their code state them
+    "acdc_gcl": (78, 2, 20, {0.0125: 1, 0.025: 2, 0.1: 8}),
+    "amos22_dhc": (216, 24, 120, {0.02: 4, 0.05: 10, 0.1: 21}),
+    "amos22_guidednet": (180, 60, 60, {0.1: 18, 0.5: 90}),
+    "btcv_dhc": (20, 4, 6, {0.1: 2, 0.2: 4, 0.4: 8}),
+    "btcv_genericssl": (20, 4, 6, {0.1: 2, 0.2: 4}),
+    "btcv_magicnet": (16, 2, 12, {0.1: 2, 0.3: 5, 0.4: 7, 0.5: 9}),
+    "flare22_guidednet": ({0.1: 300, 0.5: 60}, 10, 10, {0.1: 30, 0.5: 30}),
+    "lits_mona": (90, 10, 31, {0.01: 1, 0.05: 5, 0.1: 10}),
+    "mmwhs_gcl": (8, 2, 10, {0.1: 1, 0.2: 2, 0.4: 4, 1.0: 8}),
+    "mmwhs_mona": (13, 2, 5, {0.05: 1, 0.1: 2}),
+    "mmwhs_sifa_ct": (13, 3, 4, {0.1: 1, 0.2: 2, 1.0: 13}),
+    "mmwhs_sifa_mr": (13, 3, 4, {0.1: 1, 0.2: 2, 1.0: 13}),
+}
+
+
+def release(name: str) -> list[Case]:
+    """Every scan of a release, as far as lists can name it, all but FLARE22's pool with labels."""
+    ids = {
+        "acdc": numbered(1, 100),
+        "amos22": [f"amos_{n:04d}" for n in range(1, 601)],
+        "btcv": [f"img{n:04d}" for n in (*range(1, 11), *range(21, 41))],
+        "flare22": [f"FLARE22_Tr_{n:04d}" for n in range(1, 51)],
+        "lits": [f"volume-{n}" for n in range(131)],
+        "mmwhs": [f"{kind}_train_{n}" for kind in ("ct", "mr") for n in range(1001, 1021)],
+    }[name]
+    pool = [f"Case_{n:05d}" for n in range(1, 2001)] if name == "flare22" else []
+    return made(ids) + made(pool, labelled=False)
+
+
+def test_every_list_is_checked():
+    assert set(LISTS) == set(COUNTS)
+    assert protocols("btcv") == ["dhc", "genericssl", "magicnet"]
+    assert protocols("chd") == []
+
+
+@pytest.mark.parametrize("file", LISTS)
+def test_a_published_list_divides_patients_in_the_counts_stated(file):
+    name, protocol = file.split("_", 1)
+    train, val, test, labelled = COUNTS[file]
+    cases = release(name)
+    for ratio, count in labelled.items():
+        split = split_cases(name, cases, ratio, protocol=protocol)
+        check(split, {*split.train, *split.val, *split.test})
+        expected = train[ratio] if isinstance(train, dict) else train
+        assert [len(split.train), len(split.val), len(split.test), len(split.labelled)] == [expected, val, test, count]
+        assert split == split_cases(name, cases[::-1], ratio, seed=9, protocol=protocol)
+        assert split.labelled == split_cases(name, cases, labelled=count, protocol=protocol).labelled
+
+
+@pytest.mark.parametrize("file", LISTS)
+def test_a_published_list_says_how_it_was_read_and_has_no_stray_id(file):
+    lists = published(file)
+    assert len(lists["reading"]) > 20 and lists["dataset"] == file.split("_")[0]
+    train = lists["train"]
+    every = [set(ids) for ids in (train.values() if isinstance(train, dict) else [train])]
+    for ids in lists["labelled"].values() if isinstance(lists["labelled"], dict) else [lists["labelled"]]:
+        assert len(set(ids)) == len(ids) and any(set(ids) <= training for training in every)
+    for ids in (lists["val"], lists["test"]):
+        assert len(set(ids)) == len(ids) and not any(set(ids) & training for training in every)
+    assert not set(lists["val"]) & set(lists["test"])
+
+
+def test_contradictions_are_resolved_as_the_files_say():
+    dhc, generic = published("btcv_dhc"), published("btcv_genericssl")
+    assert len(set(generic["test"]) & set(dhc["train"])) == 5, "the list at DHC's head overlaps its old train list"
+    gcl = published("acdc_gcl")
+    assert "011" in gcl["val"] and "011" not in gcl["train"] and "031" in gcl["train"]
+    assert all(int(i) < 500 for part in ("train", "val", "test") for i in published("amos22_guidednet")[part])
+    assert {len(published("flare22_guidednet")["published"][part]) for part in ("val", "test")} == {14}
+
+
+def test_magicnets_order_is_its_list_shuffled_with_its_seed():
+    order = [f"{n:04d}" for n in (31, 7, 9, 5, 26, 39, 24, 34, 33, 30, 23, 40, 10, 21, 6, 27, 28, 37)]
+    np.random.RandomState(1337).shuffle(order)
+    lists = published("btcv_magicnet")
+    assert lists["train"] + lists["val"] == order
+    assert all(ids == order[: len(ids)] for ids in lists["labelled"].values())
+
+
+def test_patients_that_a_list_needs_and_lacks_are_named():
+    cases = [case for case in release("btcv") if case.patient not in ("img0002", "img0033")]
+    with pytest.raises(DataError, match="'dhc' of 'btcv' needs 2 patients .*: img0002, img0033$"):
+        split_cases("btcv", cases, 0.2, protocol="dhc")
+    unlabelled = [case for case in release("btcv") if case.patient != "img0002"] + made(["img0002"], labelled=False)
+    with pytest.raises(DataError, match="no label: img0002"):
+        split_cases("btcv", unlabelled, 0.2, protocol="dhc")
+    assert "img0002" in split_cases("btcv", unlabelled, 0.1, protocol="dhc").unlabelled
+
+
+def test_a_share_that_was_not_published_is_refused():
+    cases = release("btcv")
+    with pytest.raises(ValueError, match=r"btcv_dhc was published for the ratios 0.1 \(2 patients\), 0.2 .*ratio=0.3"):
+        split_cases("btcv", cases, 0.3, protocol="dhc")
+    with pytest.raises(ValueError, match="labelled=3"):
+        split_cases("btcv", cases, protocol="dhc", labelled=3)
+    with pytest.raises(ValueError, match="either ratio or labelled"):
+        split_cases("btcv", cases, 0.1, protocol="dhc", labelled=2)
+    with pytest.raises(ValueError, match="must be one of 'common', 'coral', 'mona' for 'lits', got 'dhc'"):
+        split_cases("lits", release("lits"), 0.1, protocol="dhc")
 
 
 # -------------------------------------------------------------------------------------------------- from files

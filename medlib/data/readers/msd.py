@@ -9,6 +9,7 @@ scans; without it every scan is a patient.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,11 @@ def _grid(cases: list[Case]) -> dict[str, Any]:
         shapes.append(np.array(file.shape[:3])[order])
         spacings.append(np.array(directions(file, case.images[0])[1])[order])
     z, y, x = (float(value) for value in np.median(spacings, axis=0).round(4))
-    tall = np.max(np.array(shapes) * np.array(spacings) / (z, y, x), axis=0)  # voxels at that spacing
-    whole = [int(-(-side // 16) * 16) for side in tall.round(2)]
+    extent = np.max(np.array(shapes) * np.array(spacings), axis=0)  # mm
+    whole = [16 * math.ceil(round(mm / step / 16, 3)) for mm, step in zip(extent, (z, y, x), strict=True)]
     patch = tuple(min(side, most) for side, most in zip(whole, (64, 128, 128), strict=True))
-    return {"size": min(max(whole[1:]), 320), "spacing": min(y, x), "patch": patch, "volume_spacing": (z, y, x)}
+    size = 16 * math.ceil(round(extent[1:].max() / min(y, x) / 16, 3))
+    return {"size": min(size, 320), "spacing": min(y, x), "patch": patch, "volume_spacing": (z, y, x)}
 
 
 def notes(root: Path) -> list[str]:
