@@ -330,6 +330,19 @@ def test_ties_go_to_the_lower_row():
     ]
 
 
+def test_directions_closer_than_float32_can_tell_are_rounded_to_a_tie():
+    # Row 2 is nearer to row 0 by 0.8 * 3e-9; rounded to 2^-26, rows 1 and 2 are one direction. 1e-7 is another.
+    near, _ = nearest_and_farthest(torch.tensor([[0.6, 0.8], [1, 0], [1, 3e-9]]).double(), rows(0), 1, 0)
+    assert near.tolist() == [[1]]
+    near, _ = nearest_and_farthest(torch.tensor([[0.6, 0.8], [1, 0], [1, 1e-7]]).double(), rows(0), 1, 0)
+    assert near.tolist() == [[2]]
+    # Then sums of products are exact: integer arithmetic agrees to the last bit, and so does any order.
+    space = dvcl._search_space(normal(0, 12, 40), rows(), block=1)
+    exact = [[sum(int(a) * int(b) for a, b in zip(m, n, strict=True)) for n in space.tolist()] for m in space.tolist()]
+    for cosines in (space @ space.T, space.flip(1) @ space.flip(1).T, torch.einsum("md,nd->nm", space, space)):
+        assert [[int(x) for x in line] for line in cosines.tolist()] == exact
+
+
 def test_a_neighbour_that_is_its_own_query_is_not_mutual():
     features = at_angles(0, 5, 20)
     assert reverse_rank(features, rows(1), rows(1, 0)[None]).tolist() == [[3, 0]]
@@ -790,13 +803,22 @@ def test_comparison_gradients():
     nnclr_loss(first, second, support, 0.5).backward()
     assert first.grad is None and support.grad is None and second.grad.abs().max() > 0
     assert torch.autograd.gradcheck(lambda s: nnclr_loss(first, s, support, 0.5), second)
-    positive = normal(4, 1, 4).requires_grad_()
-    # One neighbour has weight 1 whatever its cosine, so that there the detached weights do not matter.
-    assert torch.autograd.gradcheck(
-        lambda q, p, n: snclr_loss(q, p, n, 0.5), (first, second, normal(5, 3, 1, 4).requires_grad_())
-    )
-    snclr_loss(positive, positive, normal(5, 1, 2, 4), 0.5).backward()
-    assert positive.grad.isfinite().all()
+
+
+def test_snclr_weights_take_no_gradient():
+    query, positive, neighbors = (x.requires_grad_() for x in (normal(0, 3, 4), normal(1, 3, 4), normal(2, 3, 2, 4)))
+    # One neighbour has weight 1 whatever its cosine, so that gradcheck sees no weights.
+    assert torch.autograd.gradcheck(lambda q, p, n: snclr_loss(q, p, n[:, :1], 0.5), (query, positive, neighbors))
+    (gradient,) = torch.autograd.grad(snclr_loss(query, positive, neighbors, 0.5), query)
+
+    weights = torch.cosine_similarity(query[:, None], neighbors, dim=2).softmax(dim=1).detach()
+    keys = torch.nn.functional.normalize(torch.cat([positive, neighbors.flatten(0, 1)]), dim=1)
+    log_p = (torch.nn.functional.normalize(query, dim=1) @ keys.T / 0.5).log_softmax(dim=1)
+    constant = -log_p[:, :3].diagonal() - (
+        weights * torch.stack([log_p[i, 3 + 2 * i : 5 + 2 * i] for i in range(3)])
+    ).sum(1)
+    (expected,) = torch.autograd.grad(constant.mean(), query)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-40, 1.0, 3e38])
