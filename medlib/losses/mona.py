@@ -190,7 +190,7 @@ def _relation_divergence(
 
     def log_relation(rows: Tensor, temperature: float) -> Tensor:
         similarity = _unit(rows) @ mined / temperature  # (P, B, K)
-        if valid is not None:  # a finite stand-in for -inf: with no valid slot at all the gradient stays a number
+        if valid is not None:  # a finite stand-in for -inf: inf - inf would reach the gradient
             similarity = similarity.masked_fill(~valid, torch.finfo(similarity.dtype).min / 4)
         return similarity.log_softmax(dim=2)
 
@@ -493,8 +493,8 @@ def released_contrast_masks(
 
     ``labels`` (B, H, W) int, true or pseudo, -1 for none; ``probabilities`` (B, C, H, W) of the teacher and ``entropy``
     (B, H, W) of the student, both on the strong view; ``labelled`` (B,) bool; ``percent`` in [0, 100]: there
-    20 (1 - epoch / epochs). An entropy is low up to this percentile of the unlabelled images, high from (100 - percent)
-    on; labelled pixels are both.
+    20 (1 - epoch / epochs). An unlabelled pixel has low entropy up to this percentile of the unlabelled images, and
+    high entropy from percentile (100 - percent) on; a labelled one counts as low.
 
     - anchors of c: label c, p_c > 0.3, low entropy: easy pixels, fewer by the epoch;
     - positives of c, whose mean is the positive key: label c, low entropy;

@@ -271,8 +271,11 @@ def test_instance_discrimination_sees_neither_lengths_nor_orders():
 def test_instance_discrimination_in_a_young_bank():
     student, teacher, mined = normal(1, (6, 5), (6, 5), (9, 5))
     valid = torch.arange(9) < 4
-    loss = instance_discrimination_loss(student, teacher, mined, valid=valid)
-    torch.testing.assert_close(loss, instance_discrimination_loss(student, teacher, mined[:4]))
+    both = (student.requires_grad_(), teacher.requires_grad_())
+    loss = instance_discrimination_loss(student, teacher, mined, valid=valid, teacher_gradient=True)
+    expected = instance_discrimination_loss(student, teacher, mined[:4], teacher_gradient=True)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, both), torch.autograd.grad(expected, both))
 
 
 def test_class_relation_follows_the_order_of_the_classes_and_any_rotation():
@@ -818,12 +821,13 @@ def test_negative_classes_never_come_from_nothing():
     assert drawn[2].max() <= 3  # means nothing, but is a class
 
 
-def test_the_largest_draw_still_has_a_class(monkeypatch):
-    # The largest float32 below 1 times the sum of a row may round up to the sum. Rows end in classes of probability 0.
+@pytest.mark.parametrize(("draw_", "expected"), [(0.0, 1), (1.0, 2)])
+def test_the_smallest_and_the_largest_draw_have_a_class(monkeypatch, draw_, expected):
+    # The largest float32 below 1 times the sum of a row may round up to the sum. Rows begin and end in zeros.
     rows = torch.zeros(400, 400)
-    rows[:, :2] = torch.rand(400, 1, generator=seeded()) * torch.tensor([0.5, 1.5])
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 1.0))
-    assert sample_negative_classes(rows, 3, seeded()).unique().tolist() == [1]
+    rows[:, 1:3] = torch.rand(400, 1, generator=seeded()) * torch.tensor([0.5, 1.5])
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, draw_))
+    assert sample_negative_classes(rows, 3, seeded()).unique().tolist() == [expected]
 
 
 def test_negatives_follow_the_graph_and_fill_their_classes():
