@@ -17,7 +17,6 @@ def cross_entropy_loss(logits: Tensor, labels: Tensor, ignore_index: int = -1) -
     """Mean over the labelled pixels of -log softmax(logits)[label], in nats. Shapes as in the module's docstring."""
     _check(logits, labels)
     labels = labels.long()  # before any comparison: a uint8 of 255 is not -1
-    labels = labels.long()
     labelled = (labels != ignore_index).sum().clamp(min=1)
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / labelled
 
@@ -37,7 +36,7 @@ def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int = -1) -> Tensor:
     labels = labels.long()  # before any comparison: a uint8 of 255 is not -1
     classes = logits.shape[1]
     labelled = (labels != ignore_index)[:, None]  # (B, 1, ...)
-    ids = torch.where(labelled[:, 0], labels.long(), 0)
+    ids = torch.where(labelled[:, 0], labels, 0)
     truth = F.one_hot(ids, classes).movedim(-1, 1).to(logits.dtype)  # (B, C, ...)
     dice = DiceLoss(squared_pred=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5)
     return dice(logits.softmax(dim=1) * labelled, truth * labelled)
