@@ -421,7 +421,6 @@ def class_mean_contrastive_loss(
     present = _mask(present, means, "present")
     similarity = unit_vectors(features) @ unit_vectors(means).T / temperature  # (M, N)
     mine = (labels[:, None] == torch.arange(len(means), device=labels.device)) & present  # (M, N)
-    mine = mine & (present.sum() > 1)
     everyone = similarity.masked_fill(~present, -math.inf).logsumexp(dim=1, keepdim=True)
     return _mean_of_classes((everyone - similarity).masked_fill(~mine, 0).T, mine.T)
 
