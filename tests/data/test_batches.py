@@ -1,5 +1,8 @@
 """Slices on the device: whose labels are seen, and that every row comes once an epoch."""
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
 
@@ -56,3 +59,16 @@ def test_fingerprint_changes_with_what_a_stage_sees_and_with_nothing_else():
     changed = training_data(labelled=1)
     changed.train[2].image[0, 0, 0] += 1
     assert changed.fingerprint(labels=False) != one.fingerprint(labels=False)
+
+
+def test_fingerprint_is_of_the_bytes_in_c_order_wherever_they_lie(tmp_path):
+    data = training_data(labelled=1)
+    expected = hashlib.sha256()
+    for number, one in enumerate(data.train):
+        expected.update(f"{one.case.case} {one.image.shape}".encode() + one.image.tobytes())
+        expected.update(one.label.tobytes() if number == 0 else b"")
+    assert data.fingerprint(labels=True) == expected.hexdigest()
+    np.save(tmp_path / "image.npy", data.train[0].image)
+    data.train[0].image = np.load(tmp_path / "image.npy", mmap_mode="r")
+    data.train[1].image = np.asfortranarray(data.train[1].image)
+    assert data.fingerprint(labels=True) == expected.hexdigest()
