@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation, binary_fill_holes
 
-from medlib.data.phantoms import PHANTOMS, STAMP, Difficulty, write_phantoms
+from medlib.data.phantoms import PHANTOMS, STAMP, Difficulty, Release, write_phantoms
 from medlib.data.phantoms.acdc import flip_slices, patient_group, save_patient, stack_affine
 from medlib.data.phantoms.shapes import Grid, coverage, ellipse_distance
 from medlib.data.phantoms.short_axis import GROUPS, contraction_curve, draw_heart, draw_patient, left_ventricle
@@ -104,12 +104,12 @@ def test_another_seed_gives_other_hearts(root, tmp_path):
 def test_what_stands_there_is_not_drawn_again(tmp_path, monkeypatch):
     calls = []
 
-    def draw(root, number, *_):
+    def draw(root, number, seed, **_):
         calls.append(number)
         (root / f"{number}").mkdir(parents=True)
         (root / f"{number}" / "image").write_text(str(number))
 
-    monkeypatch.setitem(PHANTOMS, "acdc", draw)
+    monkeypatch.setitem(PHANTOMS, "acdc", Release(draw, options=("cine_frames", "difficulty")))
 
     def write(patients=2, seed=0, **options):
         calls.clear()
@@ -131,12 +131,12 @@ def test_what_stands_there_is_not_drawn_again(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_drawing_leaves_nothing_behind_and_the_old_phantoms_in_place(tmp_path, monkeypatch):
-    def draw(root, number, seed, *_):
+    def draw(root, number, seed, size):
         if seed and number == 2:
             raise KeyboardInterrupt
         (root / f"{number}-{seed}").mkdir(parents=True)
 
-    monkeypatch.setitem(PHANTOMS, "acdc", draw)
+    monkeypatch.setitem(PHANTOMS, "acdc", Release(draw))
     root = write_phantoms("acdc", tmp_path / "root", 2, seed=0)
     with pytest.raises(KeyboardInterrupt):
         write_phantoms("acdc", root, 2, seed=1)
@@ -156,9 +156,11 @@ def test_a_folder_with_other_content_is_never_touched(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "acdcc"}, "'acdcc'; there are phantoms for: acdc"),
-        ({"patients": 0}, "between 1 and 999, got 0"),
-        ({"patients": 1000}, "between 1 and 999, got 1000"),
+        ({"name": "acdcc"}, "'acdcc'; there are phantoms for: acdc, amos22, btcv, chd, flare22, lits, mmwhs, msd"),
+        ({"name": "amos22", "patients": 599}, "between 1 and 598 for 'amos22', got 599"),
+        ({"size": "huge"}, "one of small, full, got 'huge'"),
+        ({"patients": 0}, "between 1 and 999 for 'acdc', got 0"),
+        ({"patients": 1000}, "between 1 and 999 for 'acdc', got 1000"),
         ({"cine_frames": -1}, "0 or more, got -1"),
     ],
 )

@@ -1,7 +1,9 @@
 """Phantoms: anatomies drawn from random parameters and written in the layout of a public release.
 
-They stand in for data that cannot be shipped. One module per anatomy (`short_axis`), one per release layout (`acdc`);
-`shapes` and `acquisition` are what they share. Made for learning and for tests; no conclusion about patients follows.
+They stand in for data that cannot be shipped. One module per anatomy (`short_axis`, `whole_heart`, `abdomen`,
+`hippocampus`), one per release layout (`acdc`, `btcv`, ...). They share `shapes` (drawing a slice), `solids` (drawing a
+volume), `acquisition` (what a scanner adds) and `volumes` (from an anatomy to a scan on disk); `abdominal` and
+`cardiac` are what several releases do alike. Made for learning and for tests; no conclusion about patients follows.
 """
 
 import json
@@ -9,19 +11,44 @@ import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from medlib.data.phantoms import acdc
+from medlib.data.phantoms import acdc, amos22, btcv, chd, flare22, lits, mmwhs, msd
 from medlib.data.phantoms.short_axis import DIFFICULTY, Difficulty
+from medlib.data.phantoms.volumes import SIZES
 
-__all__ = ["DIFFICULTY", "PHANTOMS", "Difficulty", "write_phantoms"]
+__all__ = ["DIFFICULTY", "PHANTOMS", "SIZES", "Difficulty", "Release", "write_phantoms"]
 
 GENERATOR = 1  # raise it when the same seed draws something else: phantoms on disk are then drawn again
 STAMP = "phantoms.json"  # written last; a folder without it is not ours
 
-PHANTOMS: dict[str, Callable[[Path, int, int, int, Difficulty], None]] = {"acdc": acdc.write_patient}
-"""Data set name -> function (root, patient number, seed, cine frames, difficulty) that writes one patient."""
+
+@dataclass(frozen=True)
+class Release:
+    """How the phantoms of one data set are drawn.
+
+    `write` (root, patient number, seed, options) writes one patient; `options` are the keyword arguments of
+    `write_phantoms` that it takes. `finish` (root) writes what lists all patients. `limit` is the largest number.
+    """
+
+    write: Callable[..., None]
+    options: tuple[str, ...] = ("size",)
+    finish: Callable[[Path], None] | None = None
+    limit: int = 999
+
+
+PHANTOMS: dict[str, Release] = {
+    "acdc": Release(acdc.write_patient, options=("cine_frames", "difficulty")),
+    "amos22": Release(amos22.write_patient, finish=amos22.finish, limit=amos22.LIMIT),
+    "btcv": Release(btcv.write_patient),
+    "chd": Release(chd.write_patient),
+    "flare22": Release(flare22.write_patient),
+    "lits": Release(lits.write_patient),
+    "mmwhs": Release(mmwhs.write_patient),
+    "msd": Release(msd.write_patient, finish=msd.finish),
+}
+"""Data set name -> how its phantoms are drawn."""
 
 
 def write_phantoms(
@@ -30,14 +57,17 @@ def write_phantoms(
     patients: int,
     seed: int,
     *,
+    size: str = "small",
     cine_frames: int = 4,
     difficulty: Difficulty = DIFFICULTY,
     workers: int | None = None,
 ) -> Path:
     """Draw `patients` phantoms in the layout of data set `name` under `root`; returns `root`.
 
-    name: one of `PHANTOMS`. patients: 1-999; patient k is the same whatever their number. cine_frames: frames between
-    end diastole and end systole and after, in the 4D file only (0 or more). workers: threads, all cores when None.
+    name: one of `PHANTOMS`. patients: 1-999 (598 for "amos22"); patient k is the same whatever their number.
+    size: "small" (about 96 pixels a side, half a second of processor time) or "full" (the release's, up to a minute);
+    "acdc" and "msd" have one size, the release's. For "acdc" only: cine_frames, the frames between end diastole and
+    end systole and after, in the 4D file (0 or more), and difficulty. workers: threads, all cores when None.
 
     Returns at once when the same phantoms already stand there, as the stamp `phantoms.json` tells. Other phantoms at
     `root` are replaced, in one step and only when the new ones are complete. The same arguments give the same bytes.
@@ -47,19 +77,23 @@ def write_phantoms(
     """
     if name not in PHANTOMS:
         raise ValueError(f"no phantoms for data set {name!r}; there are phantoms for: {', '.join(sorted(PHANTOMS))}")
-    if not 1 <= patients <= 999:
-        raise ValueError(f"patients must be between 1 and 999, got {patients}")
+    release = PHANTOMS[name]
+    if not 1 <= patients <= release.limit:
+        raise ValueError(f"patients must be between 1 and {release.limit} for {name!r}, got {patients}")
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     if cine_frames < 0:
         raise ValueError(f"cine_frames must be 0 or more, got {cine_frames}")
     root = Path(root)
+    given = {"size": size, "cine_frames": cine_frames, "difficulty": difficulty}
+    options = {option: given[option] for option in release.options}
     recipe = {
         "about": "Drawn by medlib, not measured on patients.",
         "generator": GENERATOR,
         "name": name,
         "patients": patients,
         "seed": seed,
-        "cine_frames": cine_frames,
-        "difficulty": asdict(difficulty),
+        **{option: asdict(value) if isinstance(value, Difficulty) else value for option, value in options.items()},
     }
     if _complete(root, recipe):
         return root
@@ -70,10 +104,11 @@ def write_phantoms(
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}.drawing.", dir=root.parent) as scratch:
         fresh = Path(scratch) / "new"
-        draw = PHANTOMS[name]
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            for future in [pool.submit(draw, fresh, k + 1, seed, cine_frames, difficulty) for k in range(patients)]:
+            for future in [pool.submit(release.write, fresh, k + 1, seed, **options) for k in range(patients)]:
                 future.result()
+        if release.finish is not None:
+            release.finish(fresh)
         (fresh / STAMP).write_text(json.dumps({**recipe, "files": _sizes(fresh)}, indent=1) + "\n")
         _replace(fresh, root, Path(scratch) / "old")
     return root
