@@ -194,7 +194,7 @@ def _whole(label: np.ndarray, path: Path) -> np.ndarray:
 def _mapped(
     label: np.ndarray, path: Path, values: Mapping[int, int], stray: Mapping[int, int]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    present = np.unique(label).tolist()
+    present = np.unique(label.ravel(order="K")).tolist()
     known = {**values, **stray}
     unknown = [value for value in present if value not in known]
     if unknown:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from medlib.__main__ import main
+from medlib.data import labelled_cases, load_volume
 from medlib.data.check import check_dataset
-from medlib.data.phantoms import STAMP
+from medlib.data.phantoms import PHANTOMS, STAMP, write_phantoms
 from medlib.explore.report import check_page, write_page
 
 from .trees import TREES, body, save_nifti, save_pair, save_scan, write_json, write_official, write_ssl4mis
@@ -216,3 +217,23 @@ def test_the_real_slices():
     report = check_dataset("acdc", Path(REAL or "") / "acdc")
     assert report.ok and not report.anomalies
     assert "1522 in 160 scans" in report.text()
+
+
+# -------------------------------------------------------------------------------------------------- phantom twins
+
+
+@pytest.mark.parametrize("name", sorted(set(PHANTOMS) & set(TREES)))
+def test_the_phantom_twin_of_every_layout_is_read_loaded_and_checked(tmp_path, name):
+    root = write_phantoms(name, tmp_path / "phantoms", 2, 0)
+    report = check_dataset(name, root)
+    assert report.ok, report.text()
+    assert report.phantom and "PHANTOM" in report.text().splitlines()[0]
+    assert len({case.patient for case in report.cases}) == 2
+    assert not any("same image" in entry or "spacing" in entry for entry in report.anomalies)
+    classes = report.info.classes
+    total = sum(summary.voxels for summary in report.summaries.values() if summary.voxels is not None)
+    assert len(total) == len(classes) and (total > 0).mean() > 0.6, "most structures are drawn"
+    if "liver" in classes:
+        volume = load_volume(labelled_cases(report.cases)[0])
+        liver = np.argwhere(volume.label == classes.index("liver")).mean(axis=0)
+        assert liver[2] < volume.image.shape[2] / 2, "the liver lies on the left of a picture"
