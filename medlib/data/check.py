@@ -87,7 +87,7 @@ class Report:
     @property
     def title(self) -> str:
         """The data set's title, and that it is a phantom where it is one."""
-        return f"{self.info.title}{', PHANTOM (drawn, not measured on patients)' if self.phantom else ''}"
+        return f"PHANTOM, drawn: {self.info.title}" if self.phantom else self.info.title
 
     @property
     def ok(self) -> bool:
