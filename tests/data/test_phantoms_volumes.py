@@ -334,7 +334,7 @@ def test_tumours_lie_in_the_liver_and_their_number_is_asked_for():
         assert found <= tumours
         box = [slice(index.min(), index.max() + 1) for index in np.nonzero(liver | tumour)]
         assert tumour[tuple(box)].sum() == tumour.sum()
-    assert counts[0] == 0 < counts[1] < counts[2]
+    assert counts[0] == 0 < min(counts[1:])
 
 
 def test_hearts_have_seven_connected_parts_where_they_belong(hearts):

@@ -152,7 +152,7 @@ def draw_tissues(rng: np.random.Generator, table: dict[str, tuple[float, float]]
 def draw_abdomen(rng: np.random.Generator, modality: str, tumours: int = 0) -> Abdomen:
     """An abdomen as seen by `modality` ("CT" or "MR") with that many `tumours` in its liver."""
     tissues = draw_tissues(rng, {"CT": CT, "MR": MR}[modality])
-    tissues["tumour"] = min(tissues["tumour"], 0.8 * tissues["liver"])
+    tissues["tumour"] = min(tissues["tumour"], 0.72 * tissues["liver"])
     tissues["tumour rim"] = 0.3 * tissues["tumour"] + 0.7 * tissues["liver"]
     lacking = {name for name, share in ABSENT.items() if rng.random() < share}
     if {"right kidney", "left kidney"} <= lacking:
