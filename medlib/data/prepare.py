@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -86,6 +86,11 @@ class Preparation(ABC):
             raise ValueError(f"give window (intensities) or clip (percentiles), not both: {self.window}, {self.clip}")
         if self.statistics is not None and self.normalise != "dataset":
             raise ValueError(f"statistics are for normalise='dataset', got normalise={self.normalise!r}")
+
+    def for_scan(self, case: Case) -> Self:
+        """Itself; without `window` for a scan that says it is no CT, in a data set of both: its values are no HU."""
+        no_units = case.info.get("modality", "CT") != "CT"
+        return dataclasses.replace(self, window=None) if self.window is not None and no_units else self
 
     @abstractmethod
     def grid(self, native: Size, spacing: Spacing | None) -> Size:
@@ -424,11 +429,13 @@ def prepare(
         raise ValueError("normalise='dataset' needs statistics: take them from learn_statistics")
     folder = _make_cache(cache)
     _sweep(folder)
-    targets = [folder / case.dataset / f"{case.case}-{cache_key(case, protocol)}" for case in cases]
-    found = [_open(case, protocol, target) for case, target in zip(cases, targets, strict=True)]
+    protocols = [protocol.for_scan(case) for case in cases]
+    keys = [cache_key(case, own) for case, own in zip(cases, protocols, strict=True)]
+    targets = [folder / case.dataset / f"{case.case}-{key}" for case, key in zip(cases, keys, strict=True)]
+    found = [_open(*scan) for scan in zip(cases, protocols, targets, strict=True)]
     todo = [index for index, item in enumerate(found) if item is None]
     made = _each(
-        lambda index: _make(cases[index], protocol, targets[index]),
+        lambda index: _make(cases[index], protocols[index], targets[index]),
         todo,
         workers,
         f"preparing {cases[0].dataset if cases else ''}",

@@ -224,6 +224,21 @@ def test_a_window_cuts_in_hounsfield_units_and_minmax_then_means_the_same_everyw
     np.testing.assert_allclose(scored, (expected - expected.mean()) / expected.std(), atol=2e-3)
 
 
+def test_a_window_in_hounsfield_units_leaves_the_mr_scans_of_a_mixed_data_set_alone(cases, tmp_path):
+    mixed = [
+        dataclasses.replace(case, case=f"{case.case}_{kind}", info={"modality": kind})
+        for case in labelled_cases(cases)[:2]
+        for kind in ("CT", "MR")
+    ]
+    cut = prepare(mixed, Protocol(32, 1.25, normalise="none", window=(0.0, 1.0)), tmp_path, progress=False)
+    bare = prepare(mixed, Protocol(32, 1.25, normalise="none"), tmp_path, progress=False)
+    for one, other in zip(cut, bare, strict=True):
+        if one.case.info["modality"] == "MR":
+            np.testing.assert_array_equal(one.image, other.image)
+        else:
+            assert one.image.max() <= 1 < other.image.max()
+
+
 def test_dataset_statistics_cut_shift_and_scale():
     image = np.linspace(-1000, 1000, 4 * 16 * 16, dtype=np.float32).reshape(4, 16, 16)
     protocol = Protocol(16, normalise="dataset", clip=(0.5, 99.5))
