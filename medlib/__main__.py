@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     phantoms.add_argument("root", type=Path, help="folder to write to")
     phantoms.add_argument("--patients", type=int, default=60)
     phantoms.add_argument("--seed", type=int, default=0)
+    phantoms.add_argument("--size", choices=("small", "full"), default="small", help="full: as large as real scans")
     phantoms.set_defaults(command=command_phantoms)
 
     sweep = commands.add_parser("sweep", help="methods x labelled patients x seeds, one record a run, resumable")
@@ -130,7 +131,7 @@ def command_phantoms(options: argparse.Namespace) -> int:
     """Draw phantom patients."""
     from medlib.data import write_phantoms
 
-    root = write_phantoms(options.name, resolve(options.root), options.patients, options.seed)
+    root = write_phantoms(options.name, resolve(options.root), options.patients, options.seed, size=options.size)
     print(f"{options.patients} phantom patients: {shorten(root)}")
     return 0
 

@@ -89,13 +89,16 @@ class Session:
         """What the pictures show, for their titles: "phantom", or the name of the data set."""
         return PHANTOM if self.phantom else self.dataset.upper()
 
+    def root(self) -> Path:
+        """The scans' folder; phantoms are drawn on first use into ``data/phantoms/`` and found there afterwards."""
+        if self.data_root is not None:
+            return self.data_root
+        patients = PHANTOM_PATIENTS[self.scale]
+        return data.write_phantoms(self.dataset, DATA / "phantoms" / f"{self.dataset}-{patients}", patients, seed=0)
+
     def cases(self) -> list[data.Case]:
-        """The scans on disk; phantoms are drawn on first use into ``data/phantoms/`` and found there afterwards."""
-        root = self.data_root
-        if root is None:
-            patients = PHANTOM_PATIENTS[self.scale]
-            root = data.write_phantoms(self.dataset, DATA / "phantoms" / f"{self.dataset}-{patients}", patients, seed=0)
-        return data.read_dataset(self.dataset, root)
+        """The scans on disk."""
+        return data.read_dataset(self.dataset, self.root())
 
     def data(self, method: Method) -> TrainingData:
         """The scans prepared for ``method`` and split by patient; the split does not depend on ``seed``."""
@@ -139,10 +142,13 @@ class Session:
         return f"Session({self.dataset}, {source}, ratio={self.ratio:g}, seed={self.seed}{own})"
 
 
-def start(namespace: dict[str, object], own: Sequence[str] = (), notebook: str = "") -> Session:
+def start(
+    namespace: dict[str, object], own: Sequence[str] = (), notebook: str = "", datasets: Sequence[str] = ()
+) -> Session:
     """The session that the parameters in ``namespace`` (a notebook's ``globals()``) describe.
 
-    ``own`` names the notebook's parameters beyond ``FIXED``; ``notebook`` is its name, for the records of its runs.
+    ``own`` names the notebook's parameters beyond ``FIXED``; ``notebook`` is its name, for the records of its runs;
+    ``datasets`` are those it can show, where its text is about one anatomy (default: all).
     The environment variable MEDLIB_SCALE overrides ``scale``.
     Raises KeyError for a parameter that is missing and for one that nobody knows: any other public variable that is
     there when a kernel calls this for the first time (later there are many, and they are results). ValueError for a
@@ -157,6 +163,9 @@ def start(namespace: dict[str, object], own: Sequence[str] = (), notebook: str =
     values["scale"] = os.environ.get("MEDLIB_SCALE") or values["scale"]
     for name, rule in FIXED.items():
         rule.validate(name, values[name])
+    if datasets and values["dataset"] not in datasets:
+        look = f"python -m medlib check {values['dataset']} FOLDER --figure page.png"
+        raise ValueError(f"this notebook shows {' and '.join(datasets)}, not {values['dataset']!r}: for that `{look}`")
     session = Session(
         dataset=values["dataset"],
         data_root=None if values["data_root"] == PHANTOM else resolve(values["data_root"]),

@@ -64,6 +64,13 @@ def test_a_value_out_of_range_is_refused(namespace: dict[str, object], name: str
         start(namespace, own=["variant"])
 
 
+def test_a_notebook_about_one_anatomy_refuses_others_and_says_what_to_do(namespace: dict[str, object]) -> None:
+    namespace["dataset"] = "btcv"
+    with pytest.raises(ValueError, match=r"shows acdc, not 'btcv'.*medlib check btcv FOLDER"):
+        start(namespace, own=["variant"], datasets=["acdc"])
+    assert start(namespace, own=["variant"]).dataset == "btcv"
+
+
 def test_an_unknown_parameter_is_refused_with_the_closest_name(namespace: dict[str, object]) -> None:
     namespace["rato"] = 0.2
     with pytest.raises(KeyError, match=r"unknown parameter 'rato' \(did you mean 'ratio'\?\)"):

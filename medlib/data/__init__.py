@@ -1,6 +1,7 @@
 """Files in, tensors out: `read_dataset` finds scans, `load_volume` reads one, `prepare` makes arrays of all."""
 
 from .cases import Case, DataError, DatasetInfo, Volume, labelled_cases, slice_positions
+from .check import check_dataset
 from .phantoms import write_phantoms
 from .prepare import Prepared, Protocol, VolumeProtocol, default_protocol, learn_statistics, prepare
 from .readers import DATASETS, dataset_info, load_volume, read_dataset
@@ -16,6 +17,7 @@ __all__ = [
     "Split",
     "Volume",
     "VolumeProtocol",
+    "check_dataset",
     "dataset_info",
     "default_protocol",
     "labelled_cases",

@@ -5,6 +5,7 @@ from medlib.explore.embedding import embedding_explorer, nearest, project
 from medlib.explore.losses import loss_explorer, loss_slider
 from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation
 from medlib.explore.plane import plane_figure
+from medlib.explore.report import check_page
 from medlib.explore.results import records_figure
 from medlib.explore.show import Explorer, show, show_widget
 from medlib.explore.slices import slice_grid, volume_viewer
@@ -12,6 +13,7 @@ from medlib.explore.slices import slice_grid, volume_viewer
 __all__ = [
     "Explorer",
     "LiveCurves",
+    "check_page",
     "direction_alignment",
     "embedding_explorer",
     "live_curves",
