@@ -89,7 +89,7 @@ def ratio_split(cases: Sequence[Case], ratio: float | None = None, seed: int = 0
         share = max(1, round(0.2 * len(free)))
         test, free = free[:share], free[share:]
     if not val and len(free) > 1:
-        share = max(1, round(len(free) / 8))
+        share = max(2 if len(free) >= 8 else 1, round(len(free) / 8))  # one patient is no ground to choose on
         val, free = free[:share], free[share:]
     train = [train[i] for i in numpy_generator(seed, "split", "train").permutation(len(train))] + free
     if not train or not val:

@@ -72,6 +72,11 @@ def test_shares_are_70_10_20():
     assert len(split.labelled) == 7, "0.1 * 70 is 7, also in floating point"
 
 
+def test_two_patients_at_least_to_choose_on_where_there_are_ten():
+    for number in range(10, 16):
+        assert len(ratio_split(made(numbered(1, number)), 0.1).val) == 2
+
+
 def test_the_seed_decides_and_the_order_of_cases_does_not():
     assert ratio_split(ALL, 0.1, 1) == ratio_split(ALL[::-1], 0.1, 1)
     assert ratio_split(ALL, 0.1, 1).labelled != ratio_split(ALL, 0.1, 2).labelled
