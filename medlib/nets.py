@@ -6,15 +6,19 @@ has one dropout rate for all levels and always normalises the bottleneck. The bl
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from monai.networks.blocks import Convolution
 from monai.networks.nets import resnet50
 from monai.networks.nets.basic_unet import TwoConv, UpCat
 from torch import Tensor, nn
 
 from medlib.rng import stream_seed
 
-LEAKY_RELU = ("LeakyReLU", {"negative_slope": 0.01, "inplace": True})
+Activation = tuple[str, dict[str, Any]]
+LEAKY_RELU: Activation = ("LeakyReLU", {"negative_slope": 0.01, "inplace": True})
+RELU: Activation = ("relu", {"inplace": True})
 
 
 @contextlib.contextmanager
@@ -47,6 +51,7 @@ class Encoder(nn.Module):
         norm: MONAI name of the normalisation ("batch", "instance").
         normalise_bottleneck: False leaves the bottleneck without normalisation and with plain ReLU (PCL, CORAL).
         dropout: rate between the two convolutions of each level, in [0, 1).
+        act: activation of all other convolutions, as MONAI names it.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Encoder(nn.Module):
         norm: str = "batch",
         normalise_bottleneck: bool = True,
         dropout: Sequence[float] | None = None,
+        act: Activation = LEAKY_RELU,
     ):
         super().__init__()
         rates = tuple(dropout) if dropout is not None else (0.0,) * len(widths)
@@ -69,7 +75,7 @@ class Encoder(nn.Module):
                 spatial_dims,
                 before,
                 after,
-                act=("relu", {"inplace": True}) if plain else LEAKY_RELU,
+                act=RELU if plain else act,
                 norm="" if plain else norm,  # "" is MONAI's way to say: none
                 bias=True,
             )
@@ -92,13 +98,24 @@ class Decoder(nn.Module):
 
     Args:
         widths: channels of the encoder's levels, finest first.
-        upsample: "deconv" (transposed convolution) or "nontrainable" (1x1 convolution and bilinear interpolation).
+        upsample: "deconv" (transposed convolution), "nontrainable" (1x1 convolution and linear interpolation) or
+            "interpolation" (that alone, corners not aligned).
     """
 
-    def __init__(self, widths: Sequence[int], spatial_dims: int = 2, norm: str = "batch", upsample: str = "deconv"):
+    def __init__(
+        self,
+        widths: Sequence[int],
+        spatial_dims: int = 2,
+        norm: str = "batch",
+        upsample: str = "deconv",
+        act: Activation = LEAKY_RELU,
+    ):
         super().__init__()
+        how: dict[str, Any] = dict(upsample=upsample)
+        if upsample == "interpolation":
+            how = dict(upsample="nontrainable", pre_conv=None, align_corners=False)
         self.levels = nn.ModuleList(
-            UpCat(spatial_dims, coarse, fine, fine, LEAKY_RELU, norm, bias=True, upsample=upsample)
+            UpCat(spatial_dims, coarse, fine, fine, act, norm, bias=True, **how)
             for fine, coarse in zip(widths[-2::-1], widths[:0:-1], strict=True)
         )
 
@@ -108,6 +125,65 @@ class Decoder(nn.Module):
         x = features[-1]
         for level, skip in zip(self.levels, features[-2::-1], strict=True):
             x = level(x, skip)
+            maps.append(x)
+        return maps
+
+
+def _vnet_layer(before: int, after: int, **how: Any) -> nn.Module:
+    """Convolution (3x3x3 unless ``how`` says otherwise), batch norm, ReLU."""
+    return Convolution(3, before, after, act=RELU, norm="batch", adn_ordering="NA", **how)
+
+
+class VNetEncoder(nn.Module):
+    """The contracting half of the V-Net of SSL4MIS: strided convolutions between levels, 1 to 3 convolutions a level.
+
+    It is not MONAI's V-Net, which has 5x5x5 kernels, residual blocks and concatenated skips.
+
+    Args:
+        widths: channels of each level, finest first; the last is the bottleneck.
+        convolutions: of each level.
+        dropout: rate at which whole channels of the bottleneck are dropped.
+    """
+
+    def __init__(self, widths: Sequence[int], convolutions: Sequence[int] = (1, 2, 3, 3, 3), dropout: float = 0.5):
+        super().__init__()
+        self.levels = nn.ModuleList()
+        for level, (width, count) in enumerate(zip(widths, convolutions, strict=True)):
+            down = [_vnet_layer(widths[level - 1], width, kernel_size=2, strides=2, padding=0)] if level else []
+            inputs = (width if level else 1, *[width] * (count - 1))
+            last = [nn.Dropout3d(dropout)] if level == len(widths) - 1 else []
+            self.levels.append(nn.Sequential(*down, *(_vnet_layer(before, width) for before in inputs), *last))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 1, D, H, W) -> feature maps of every level, finest first; the last one is the bottleneck."""
+        features = [self.levels[0](images)]
+        for level in self.levels[1:]:
+            features.append(level(features[-1]))
+        return features
+
+
+class VNetDecoder(nn.Module):
+    """The expanding half: transposed convolution by two, the encoder's map added, 1 to 3 convolutions a level.
+
+    Args:
+        widths: channels of the encoder's levels, finest first.
+        convolutions: of each level, coarsest first.
+    """
+
+    def __init__(self, widths: Sequence[int], convolutions: Sequence[int] = (3, 3, 2, 1)):
+        super().__init__()
+        self.up, self.levels = nn.ModuleList(), nn.ModuleList()
+        for fine, coarse, count in zip(widths[-2::-1], widths[:0:-1], convolutions, strict=True):
+            up = _vnet_layer(coarse, fine, kernel_size=2, strides=2, padding=0, output_padding=0, is_transposed=True)
+            self.up.append(up)
+            self.levels.append(nn.Sequential(*(_vnet_layer(fine, fine) for _ in range(count))))
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Feature maps of the encoder -> feature maps of the decoder, coarsest first; the last has full resolution."""
+        maps = []
+        x = features[-1]
+        for up, level, skip in zip(self.up, self.levels, features[-2::-1], strict=True):
+            x = level(up(x) + skip)
             maps.append(x)
         return maps
 
@@ -143,7 +219,7 @@ class UNet(nn.Module):
     Every side of ``space`` must be a multiple of ``2 ** (levels - 1)``.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, classifier: nn.Module):
+    def __init__(self, encoder: Encoder | VNetEncoder, decoder: Decoder | VNetDecoder, classifier: nn.Module):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -243,6 +319,31 @@ def ssl4mis_unet(classes: int, width: int = 16) -> UNet:
         Decoder(widths, upsample="nontrainable"),
         nn.Conv2d(width, classes, kernel_size=3, padding=1),
     )
+
+
+def ssl4mis_unet_3d(classes: int, width: int = 16) -> UNet:
+    """The 3D U-Net of SSL4MIS and GuidedNet: five levels from ``width`` channels, instance norm, ReLU.
+
+    Its decoder up-samples by trilinear interpolation alone. Dropout of 0.3 follows the bottleneck and precedes the
+    classifier. 5,884,050 parameters for 2 classes.
+    """
+    widths = [width * 2**level for level in range(5)]
+    encoder = Encoder(widths, 3, "instance", act=RELU)
+    encoder.levels[-1] = nn.Sequential(encoder.levels[-1], nn.Dropout(0.3))
+    decoder = Decoder(widths, 3, "instance", upsample="interpolation", act=RELU)
+    unet = UNet(encoder, decoder, nn.Sequential(nn.Dropout(0.3), nn.Conv3d(width, classes, kernel_size=1)))
+    kaiming_init(unet, slope=0)
+    return unet
+
+
+def ssl4mis_vnet(classes: int, width: int = 16) -> UNet:
+    """The V-Net of SSL4MIS (``width`` 16, 9,448,866 parameters for 2 classes) and of DHC (``width`` 32).
+
+    Dropout of whole channels, 0.5, follows the bottleneck and precedes the classifier.
+    """
+    widths = [width * 2**level for level in range(5)]
+    classifier = nn.Sequential(nn.Dropout3d(0.5), nn.Conv3d(width, classes, kernel_size=1))
+    return UNet(VNetEncoder(widths), VNetDecoder(widths), classifier)
 
 
 class ProjectionHead(nn.Module):

@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from medlib.nets import Decoder, Encoder, ProjectionHead, UNet, coral_unet, parameter_count, seeded_init, ssl4mis_unet
+from medlib.nets import (
+    Decoder,
+    Encoder,
+    ProjectionHead,
+    UNet,
+    coral_unet,
+    parameter_count,
+    seeded_init,
+    ssl4mis_unet,
+    ssl4mis_unet_3d,
+    ssl4mis_vnet,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +50,73 @@ def test_the_same_blocks_make_a_3d_network():
     widths = (2, 4, 8)
     unet = UNet(Encoder(widths, 3, "instance"), Decoder(widths, 3, "instance"), nn.Conv3d(2, 5, 1))
     assert unet(torch.rand(1, 1, 8, 12, 16)).shape == (1, 5, 8, 12, 16)
+
+
+def convolution(before: int, after: int, kernel: int = 3) -> int:
+    """Weights and biases of a 3D convolution, transposed or not."""
+    return kernel**3 * before * after + after
+
+
+@pytest.mark.parametrize("classes", [2, 14])
+def test_parameter_counts_of_the_3d_unet(classes):
+    """Two convolutions a level; the decoder's first one sees both the skip and all channels from below."""
+    widths = (16, 32, 64, 128, 256)
+    down = sum(convolution(a, b) + convolution(b, b) for a, b in zip((1, *widths), widths, strict=False))
+    up = sum(convolution(a + b, a) + convolution(a, a) for a, b in zip(widths, widths[1:], strict=False))
+    unet = ssl4mis_unet_3d(classes)
+    assert parameter_count(unet) == down + up + convolution(16, classes, 1)
+
+
+@pytest.mark.parametrize(("width", "classes", "total"), [(16, 2, 9_448_866), (32, 14, None)])
+def test_parameter_counts_of_the_vnet(width, classes, total):
+    """V-Net has 9.44 million parameters in the tables of the semi-supervised papers. Norms have two a channel."""
+
+    def normed(before: int, after: int, kernel: int = 3) -> int:
+        return convolution(before, after, kernel) + 2 * after
+
+    w = [width * 2**level for level in range(5)]
+    levels = [(w[0], 0), (w[1], 2), (w[2], 3), (w[3], 3), (w[4], 3), (w[3], 3), (w[2], 3), (w[1], 2), (w[0], 1)]
+    within = normed(1, w[0]) + sum(count * normed(n, n) for n, count in levels)
+    between = sum(normed(a, b, 2) + normed(b, a, 2) for a, b in zip(w, w[1:], strict=False))
+    expected = within + between + convolution(w[0], classes, 1)
+    assert parameter_count(ssl4mis_vnet(classes, width)) == expected and total in (None, expected)
+
+
+@pytest.mark.parametrize("build", [ssl4mis_unet_3d, ssl4mis_vnet])
+def test_3d_networks_keep_shapes_and_have_the_interface_of_the_2d_ones(build):
+    unet = build(3, 2)
+    images = torch.rand(2, 1, 16, 32, 48)
+    assert unet(images).shape == (2, 3, 16, 32, 48)
+    features = unet.encoder(images)
+    assert [tuple(f.shape[1:3]) for f in features] == [(2, 16), (4, 8), (8, 4), (16, 2), (32, 1)]
+    assert [f.shape[1] for f in unet.decoder(features)] == [16, 8, 4, 2]
+    with pytest.raises(ValueError, match=r"multiples of 16.*\(16, 24, 48\)"):
+        unet(torch.rand(1, 1, 16, 24, 48))
+
+
+def test_dropout_of_3d_networks_follows_the_bottleneck_and_precedes_the_classifier():
+    for unet, kind, rate in ((ssl4mis_unet_3d(2, 2), nn.Dropout, 0.3), (ssl4mis_vnet(2, 2), nn.Dropout3d, 0.5)):
+        active = [layer for layer in unet.modules() if isinstance(layer, nn.Dropout | nn.Dropout3d) and layer.p]
+        assert active == [unet.encoder.levels[-1][-1], unet.classifier[0]]
+        assert all(type(layer) is kind and layer.p == rate for layer in active)
+
+
+def test_the_vnet_adds_its_skips_and_the_3d_unet_only_interpolates():
+    decoder = ssl4mis_vnet(2, 2).eval().decoder
+    features = [torch.rand(1, 2 * 2**level, *[16 // 2**level] * 3) for level in range(5)]
+    x = decoder.up[0](features[4]) + features[3]
+    torch.testing.assert_close(decoder.levels[0](x), decoder(features)[0])
+    level = ssl4mis_unet_3d(2, 2).eval().decoder.levels[0]
+    coarse, skip = torch.rand(1, 32, 2, 2, 2), torch.rand(1, 16, 4, 4, 4)
+    interpolated = nn.functional.interpolate(coarse, scale_factor=2, mode="trilinear", align_corners=False)
+    torch.testing.assert_close(level.convs(torch.cat([skip, interpolated], dim=1)), level(coarse, skip))
+
+
+def test_convolutions_of_the_vnet_are_normalised_and_rectified():
+    """Each is followed by batch norm, then ReLU: in training every output channel has mean 0 before it is cut."""
+    for layer in (ssl4mis_vnet(2, 2).encoder.levels[1][0], ssl4mis_vnet(2, 2).decoder.up[0]):
+        assert [type(part).__name__ for part in (layer.adn.N, layer.adn.A)] == ["BatchNorm3d", "ReLU"]
+        assert list(dict(layer.adn.named_children())) == ["N", "A"]
 
 
 def test_the_bottleneck_of_coral_has_no_normalisation_and_the_others_have():
