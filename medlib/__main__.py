@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--scale", default="laptop", help="ci, laptop (default) or paper")
     sweep.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
     sweep.add_argument("-s", "--setting", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    sweep.add_argument("--protocol", default="common", help="patient lists: common, or published ones")
     sweep.add_argument("--name", default="", help="tells runs with other settings apart")
     sweep.add_argument("--phantom", action="store_true", help="the folder holds phantoms; the records will say so")
     sweep.add_argument("--open-test", action="store_true", help="also measure on the test patients")

@@ -29,6 +29,7 @@ class Sweep:
         settings: what all its methods are built with, on top of ``scale``; ``name`` tells such runs apart.
         records: folder of the records; a run that has one is not run again.
         output_dir: folder of the checkpoints, which runs share where their inputs agree.
+        protocol: which patient lists, see `medlib.data.split_cases`.
         open_test: also measure on the test patients.
     """
 
@@ -42,6 +43,7 @@ class Sweep:
     device: str = "auto"
     settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    protocol: str = "common"
     phantom: bool = False
     open_test: bool = False
     output_dir: Path = Path("runs")
@@ -50,7 +52,9 @@ class Sweep:
         """Run what has no record yet. Every method is built and every split made before the first run starts."""
         cases = read_dataset(self.dataset, resolve(self.root))
         methods = {name: build(name, scale=self.scale, **self.settings) for name in self.methods}
-        splits = {count: split_cases(self.dataset, cases, labelled=count) for count in self.labelled}
+        splits = {
+            count: split_cases(self.dataset, cases, protocol=self.protocol, labelled=count) for count in self.labelled
+        }
         grid = list(itertools.product(self.seeds, self.labelled, self.methods))
         for number, (seed, labelled, method) in enumerate(grid, start=1):
             path = resolve(self.records) / record_name(method, self.name, labelled, seed)
@@ -95,6 +99,7 @@ class Sweep:
         words += ["--labelled", labelled, "--seeds", seed, "--scale", self.scale, "--records", "RECORDS"]
         words += [word for pair in self.settings.items() for word in ("-s", *pair)]
         words += ["--name", self.name] if self.name else []
+        words += ["--protocol", self.protocol] if self.protocol != "common" else []
         words += ["--phantom"] if self.phantom else []
         words += ["--open-test"] if self.open_test else []
         return shlex.join(str(word) for word in words)

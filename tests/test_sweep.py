@@ -43,8 +43,9 @@ def test_settings_reach_the_runs_and_their_names(root, tmp_path):
     ("wrong", "message"),
     [
         (["--methods", "corall", "--labelled", "1"], "unknown method 'corall'"),
-        (["--methods", "coral", "--labelled", "99"], "labelled must be 1..7"),
+        (["--methods", "coral", "--labelled", "99"], "labelled must be 1..6"),
         (["--methods", "coral", "--labelled", "1", "-s", "temprature", "1"], "did you mean 'temperature'"),
+        (["--methods", "coral", "--labelled", "1", "--protocol", "dhc"], "protocol must be"),
     ],
 )
 def test_a_wrong_call_ends_before_anything_runs(root, tmp_path, capsys, wrong, message):

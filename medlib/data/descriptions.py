@@ -182,3 +182,20 @@ DESCRIPTIONS: dict[str, DatasetInfo] = {
     )
 }  # fmt: skip
 """Data set name -> description. `msd` has its classes, and its grid, in the files: see its cases' `about`."""
+
+
+def overview() -> str:
+    """All data sets as the Markdown table that stands in data/README.md."""
+    rows = [
+        "| name | what, classes | window, 3D patch and spacing (z, y, x) | licence | where to get it |",
+        "|---|---|---|---|---|",
+    ]
+    for info in DESCRIPTIONS.values():
+        classes = ", ".join(info.classes[1:]) or "those of its `dataset.json`"
+        grid = [f"{info.window[0]:g} to {info.window[1]:g} HU"] if info.window else []
+        if info.patch and info.volume_spacing:
+            patch, spacing = (" x ".join(f"{n:g}" for n in numbers) for numbers in (info.patch, info.volume_spacing))
+            grid.append(f"{patch} voxels of {spacing} mm")
+        cells = (f"`{info.name}`", f"{info.title}: {classes}", "; ".join(grid), info.licence, f"<{info.url}>")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)

@@ -5,7 +5,8 @@ import pytest
 
 from medlib.data import DATASETS, Case, Volume, dataset_info, labelled_cases, slice_positions
 from medlib.data.cases import DatasetInfo
-from medlib.data.descriptions import COLOURS, colours_of
+from medlib.data.descriptions import COLOURS, colours_of, overview
+from medlib.paths import DATA
 
 
 def test_positions_end_at_one_and_are_those_of_corals_code():
@@ -103,3 +104,7 @@ def test_unknown_classes_get_colours_of_their_own():
     assert found[:2] == (COLOURS["background"], COLOURS["liver"])
     assert len(set(found)) == len(names)
     assert colours_of(names[:5]) == found[:5], "a further class must not change the colours of the others"
+
+
+def test_the_readme_holds_the_table_of_data_sets():
+    assert overview() in (DATA / "README.md").read_text(), "print overview() and put it there"
