@@ -73,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--output-dir", type=Path, default=Path("runs"), help="folder of the checkpoints")
     sweep.set_defaults(command=command_sweep)
 
+    commands.add_parser("methods", help="the methods by name").set_defaults(command=command_methods)
+    commands.add_parser("datasets", help="the data sets and their protocols").set_defaults(command=command_datasets)
     notebooks = commands.add_parser("notebooks", help="the notebooks and their parameters")
     notebooks.set_defaults(command=command_notebooks)
     return parser
@@ -162,6 +164,25 @@ def command_notebooks(options: argparse.Namespace) -> int:
         print(notebook.stem)
         for parameter in notebook_parameters(notebook).values():
             print(f"    {parameter.name} = {parameter.default!r}".ljust(32) + f"  {parameter.help}".rstrip())
+    return 0
+
+
+def command_methods(options: argparse.Namespace) -> int:
+    """List the methods by name."""
+    from medlib.methods import available
+
+    for name, method in sorted(available().items()):
+        print(f"{name:<24}{method.title}")
+    return 0
+
+
+def command_datasets(options: argparse.Namespace) -> int:
+    """List the data sets by name, with the protocols that have published patient lists."""
+    from medlib.data.descriptions import DESCRIPTIONS
+    from medlib.data.splits import protocols
+
+    for name, info in DESCRIPTIONS.items():
+        print(f"{name:<12}{info.title}\n{'':<12}protocols: {', '.join(['common', *protocols(name)])}")
     return 0
 
 

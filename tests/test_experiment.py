@@ -170,6 +170,15 @@ def test_a_method_gets_the_window_of_the_data_set() -> None:
     assert method.protocol(info).window == (-125, 275) and method.protocol(dataset_info("acdc")).window is None
 
 
+def test_slices_fill_the_picture_on_every_data_set() -> None:
+    laptop = build("supervised", scale="laptop")  # 80 px of 3 mm, for hearts
+    assert laptop.protocol(dataset_info("acdc")).spacing == 3.0
+    assert build("supervised").protocol(dataset_info("acdc")).spacing == 1.25
+    small = dataclasses.replace(dataset_info("msd"), size=48, spacing=1.0)
+    assert laptop.protocol(small).spacing == 48 / 80
+    assert laptop.protocol(dataset_info("btcv")).spacing is None, "the whole field of view"
+
+
 def test_a_3d_method_is_trained_validated_and_measured_like_any_other(tree: Path, tmp_path: Path) -> None:
     data = load_tree(tree)
     lines = []

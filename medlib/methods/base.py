@@ -130,8 +130,15 @@ class Method(ABC):
         return None
 
     def protocol(self, info: DatasetInfo) -> Preparation:
-        """How its data are prepared; a 3D method returns a `VolumeProtocol`."""
-        return Protocol(self.image_size, self.spacing, window=info.window)
+        """How its data are prepared; a 3D method returns a `VolumeProtocol`.
+
+        `spacing` was chosen for hearts. Where a data set shows less than `image_size` px of it (a cropped hippocampus),
+        the spacing is finer, so that the picture is filled; where its papers resize the whole field of view, so do we.
+        """
+        spacing = self.spacing
+        if spacing is not None:
+            spacing = None if info.spacing is None else min(spacing, info.size * info.spacing / self.image_size)
+        return Protocol(self.image_size, spacing, window=info.window)
 
     @abstractmethod
     def networks(self, classes: int) -> nn.ModuleDict:

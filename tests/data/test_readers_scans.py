@@ -380,6 +380,8 @@ def test_scans_of_one_patient_are_kept_together(tmp_path):
         ({"labels": {"0": "background", "2": "late"}}, "without gaps"),
         ({"labels": {"background": 0, "liver": 1}}, "without gaps"),
         ({"patients": ["anna"]}, "has the patients"),
+        ({"window": [275, -75]}, "has the window"),
+        ({"window": "-75..275"}, "has the window"),
     ],
 )
 def test_a_broken_dataset_json_is_refused(tmp_path, content, message):
@@ -418,3 +420,12 @@ def test_the_real_abdomen():
     assert centre["stomach"][1] < centre["left kidney"][1], "the front must be on top"
     assert centre["spleen"][0] > centre["left kidney"][0], "slices must run to the head"
     assert 30 < volume.image[volume.label == names.index("liver")].mean() < 150, "no Hounsfield units"
+
+
+def test_a_decathlon_ct_takes_its_window_from_the_json_and_is_warned_about_without(tmp_path):
+    TREES["msd"].write(tmp_path)
+    write_json(tmp_path, modality={"0": "CT"}, window=[-75, 275])
+    assert read_dataset("msd", tmp_path)[0].about.window == (-75, 275)
+    assert not any("HU" in line for line in find_reader("msd", tmp_path).notes(tmp_path))
+    write_json(tmp_path, modality={"0": "CT"})
+    assert any("cut at no HU" in line for line in find_reader("msd", tmp_path).notes(tmp_path))

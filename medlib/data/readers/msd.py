@@ -5,7 +5,7 @@ The 2D and 3D grids are chosen from the scans: in-plane size and patch hold the 
 64 x 128 x 128 voxels, at the median spacing.
 
 Beyond the Decathlon's own form, `dataset.json` may hold "patients": {case: patient} where one patient has several
-scans; without it every scan is a patient.
+scans (without it every scan is a patient), and "window": [low, high], the HU at which a CT is cut.
 """
 
 import dataclasses
@@ -60,6 +60,7 @@ def find(root: Path) -> list[Case]:
         raise DataError(f"{root / 'dataset.json'} has the patients {patients!r}, expected {{case: patient, ...}}")
     info = dataclasses.replace(
         INFO,
+        window=_window(content, root),
         title=f"Medical Segmentation Decathlon, {content.get('name', root.name)}",
         classes=classes,
         colours=colours_of(classes),
@@ -68,6 +69,16 @@ def find(root: Path) -> list[Case]:
         **_grid(cases),
     )
     return [dataclasses.replace(case, about=info, patient=str(patients.get(case.case, case.case))) for case in cases]
+
+
+def _window(content: dict[str, Any], root: Path) -> tuple[float, float] | None:
+    window: Any = content.get("window")
+    if window is None:
+        return None
+    numbers = isinstance(window, list) and len(window) == 2 and all(type(value) in (int, float) for value in window)
+    if not numbers or not window[0] < window[1]:
+        raise DataError(f"{root / 'dataset.json'} has the window {window!r}, expected two rising HU such as [-75, 275]")
+    return float(window[0]), float(window[1])
 
 
 def _grid(cases: list[Case]) -> dict[str, Any]:
@@ -89,8 +100,11 @@ def _grid(cases: list[Case]) -> dict[str, Any]:
 
 
 def notes(root: Path) -> list[str]:
-    modality = _channels(read_json(root), root)
+    content = read_json(root)
+    modality = _channels(content, root)
     lines = absent_files(root)
+    if modality["0"] == "CT" and _window(content, root) is None:
+        lines.append('CT that is cut at no HU, so that air and bone rule its contrast: add "window": [-75, 275] or so')
     if len(modality) > 1:
         names = ", ".join(str(modality[key]) for key in sorted(modality))
         lines.append(f"images have {len(modality)} channels ({names}): the first, {modality['0']}, is taken")
