@@ -1,6 +1,9 @@
 # Everything a new user needs: `make run`, `make test`, `make lab`. Nothing is installed outside .venv.
 
 VENV ?= .venv
+ifeq ($(strip $(VENV)),)
+$(error VENV is empty: activate the conda environment first, or leave VENV away)
+endif
 BIN := $(VENV)/bin
 NOTEBOOK ?= 04_coral
 RATIO ?= 0.1
