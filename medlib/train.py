@@ -160,9 +160,10 @@ def predictor(method: Method, networks: nn.ModuleDict, fabric: Fabric) -> Predic
     window = method.patch
 
     def predict_by_windows(images: Tensor) -> Tensor:
-        blended = sliding_window_inference(
-            images, window, WINDOWS, predict, 0.5, "gaussian", sw_device=fabric.device, device=images.device
-        )
+        with torch.inference_mode():  # the blending writes into what predict returns
+            blended = sliding_window_inference(
+                images, window, WINDOWS, predict, 0.5, "gaussian", sw_device=fabric.device, device=images.device
+            )
         return cast(Tensor, blended)
 
     return predict_by_windows
