@@ -13,7 +13,8 @@ from typing import Any
 
 from medlib import experiment
 from medlib.data import read_dataset
-from medlib.data.splits import split_cases
+from medlib.data.phantoms import is_phantom
+from medlib.data.splits import Split, split_cases
 from medlib.methods import Method, build
 from medlib.paths import resolve
 from medlib.results.records import SUFFIX, RunRecord, read_record
@@ -59,7 +60,7 @@ class Sweep:
         for number, (seed, labelled, method) in enumerate(grid, start=1):
             path = resolve(self.records) / record_name(method, self.name, labelled, seed)
             if path.exists():
-                self._check_same(read_record(path), methods[method], path)
+                self._check_same(read_record(path), methods[method], splits[labelled], path)
                 print(f"[{number}/{len(grid)}] {path.name}: there already", flush=True)
                 continue
             started = time.monotonic()
@@ -71,7 +72,7 @@ class Sweep:
                 device=self.device,
                 open_test=self.open_test,
             )
-            root = None if self.phantom else self.root
+            root = None if self._drawn else self.root
             command = self.command(method, labelled, seed)
             outcome.record(scale=self.scale, root=root, command=command).save(path)
             dice, took = outcome.val.summary["mean"]["dice"], time.monotonic() - started
@@ -80,16 +81,29 @@ class Sweep:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.=+]*", self.name):
             raise ValueError(f"name becomes part of file names: letters, digits and ._=+ only, got {self.name!r}")
+        if resolve(self.records).exists() and not resolve(self.records).is_dir():
+            raise ValueError(f"records must be a folder, {self.records} is a file")
         if any(seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds must be 0 or more, got {list(self.seeds)}")
 
-    def _check_same(self, record: RunRecord, method: Method, path: Path) -> None:
+    @property
+    def _drawn(self) -> bool:
+        return self.phantom or is_phantom(resolve(self.root))
+
+    def _check_same(self, record: RunRecord, method: Method, split: Split, path: Path) -> None:
         """ValueError unless the record on disk is of the run that is asked for."""
         asked = json.loads(json.dumps(dataclasses.asdict(method)))
         differing = sorted(key for key in asked if asked[key] != record.settings.get(key))
-        if differing or record.scale != self.scale:
+        facts = {
+            "scale": record.scale != self.scale,
+            "data set": (record.dataset, record.data["kind"]) != (self.dataset, "phantom" if self._drawn else "real"),
+            "patients": record.split != split,
+            "test": self.open_test and record.test is None and bool(split.test),
+        }
+        differing += [name for name, other in facts.items() if other]
+        if differing:
             raise ValueError(
-                f"{path.name} is of a run with other settings ({', '.join(differing) or 'scale'}); "
+                f"{path.name} is of a run with other settings ({', '.join(differing)}); "
                 "tell the two apart with --name, or choose another --records folder"
             )
 

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 from ..paths import resolve, shorten
 from .cases import Case, DataError, DatasetInfo, Volume, labelled_cases
-from .phantoms import STAMP
+from .nifti import check_whole
+from .phantoms import is_phantom
 from .readers import dataset_info, find_reader, load_volume, read_dataset
 from .scans import UNSTATED
 
@@ -33,6 +34,7 @@ class Summary:
     low: float
     median: float
     high: float
+    extent: float  # from the lowest voxel to the highest
     voxels: np.ndarray | None  # (C,) label voxels per class
     image: np.ndarray
     label: np.ndarray | None
@@ -66,7 +68,8 @@ class Summary:
         sample = volume.image.ravel()[spread].copy()
         digest = hashlib.sha256(repr(volume.image.shape).encode() + sample.tobytes()).hexdigest()
         return cls(
-            (depth, height, width), volume.spacing, float(low), float(median), float(high), voxels,
+            (depth, height, width), volume.spacing, float(low), float(median), float(high),
+            float(volume.image.max()) - float(volume.image.min()), voxels,
             volume.image[cut].copy(), shown, sample, sampled, digest, volume.remarks,
         )  # fmt: skip
 
@@ -164,7 +167,7 @@ def check_dataset(name: str, root: str | Path, workers: int = 2, progress: bool 
     """
     folder = resolve(root)
     report = Report(dataset_info(name), folder)
-    report.phantom = any((place / STAMP).is_file() for place in (folder, folder.parent))
+    report.phantom = is_phantom(folder)
     try:
         report.cases = read_dataset(name, folder)
         report.info = report.cases[0].about
@@ -176,6 +179,8 @@ def check_dataset(name: str, root: str | Path, workers: int = 2, progress: bool 
 
     def look(case: Case) -> tuple[Case, Summary | str]:
         try:
+            for path in {*case.images, *case.labels}:
+                check_whole(path)
             return case, Summary.of(load_volume(case), len(case.about.classes))
         except (DataError, FileNotFoundError) as error:
             return case, str(error)
@@ -188,10 +193,16 @@ def check_dataset(name: str, root: str | Path, workers: int = 2, progress: bool 
             else:
                 report.summaries[case.case] = result
     report.anomalies = _anomalies(report)
-    if not labelled_cases(report.cases):
+    labelled = labelled_cases(report.cases)
+    if not labelled:
         report.problems.append(
             f"none of the {len(report.cases)} scans in {folder} has a label: nothing can be learnt or measured"
         )
+    elif len({case.patient for case in labelled}) < 2:
+        report.problems.append("only one patient has a label: one to learn from and one to choose on are the least")
+    found = [summary.voxels for summary in report.summaries.values() if summary.voxels is not None]
+    if found and not any(voxels[1:].any() for voxels in found):
+        report.problems.append(f"all {len(found)} labels are background everywhere: nothing can be learnt")
     return report
 
 
@@ -199,6 +210,11 @@ def _anomalies(report: Report) -> list[str]:
     """Scans that can be used and yet deserve a look."""
     found = _twins(report)
     names = report.info.classes
+    modality = {case.case: case.info.get("modality", report.info.modality) for case in report.cases}
+
+    def hounsfield(name: str) -> bool:
+        return report.info.window is not None and modality[name] == "CT"
+
     for name, summary in report.summaries.items():
         found += [f"{name}: {remark}" for remark in summary.remarks]
         if summary.voxels is not None:
@@ -206,6 +222,12 @@ def _anomalies(report: Report) -> list[str]:
                 found.append(f"{name} has a label that is all background")
             elif (summary.voxels == 0).any():
                 found.append(f"{name} has no {', no '.join(names[i] for i in np.flatnonzero(summary.voxels == 0))}")
+        if summary.extent > 1000 * max(summary.high - summary.low, 1e-12):
+            found.append(f"{name} has voxels far beyond all others (over {summary.extent:.4g}): they flatten the rest")
+        if hounsfield(name) and (summary.low > -200 or summary.high < 0):
+            found.append(
+                f"{name} has intensities {summary.low:.4g}..{summary.high:.4g}: are these HU, as the window is?"
+            )
         if summary.shape[0] < 3:
             found.append(f"{name} has only {summary.shape[0]} slices")
         if summary.spacing is not None:

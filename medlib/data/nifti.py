@@ -1,5 +1,6 @@
 """Reading NIfTI files: errors that say what to do, and arrays turned into one orientation by the affine."""
 
+import gzip
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -27,6 +28,8 @@ def open_nifti(path: Path, dimensions: int) -> nibabel.Nifti1Image:
         raise DataError(f"{path} is empty: download or unpack it again")
     try:
         image = _load(path, state.st_mtime_ns, state.st_size)
+    except PermissionError as error:
+        raise DataError(f"{path} may not be read: change its permissions") from error
     except Exception as error:  # nibabel, gzip and zlib raise a dozen unrelated types for a broken file
         raise DataError(f"{path} cannot be read as NIfTI ({error}): download or unpack it again") from error
     if not isinstance(image, nibabel.Nifti1Image):
@@ -50,7 +53,7 @@ def read_voxels(image: nibabel.Nifti1Image, path: Path) -> np.ndarray:
     """The voxels of an opened file, in the file's own order; float32 where the header scales them."""
     with _reading(path):
         proxy: Any = image.dataobj
-        return np.asanyarray(proxy) if (proxy.slope, proxy.inter) == (1, 0) else proxy.get_scaled(np.float32)
+        return np.asanyarray(proxy) if (proxy.slope, proxy.inter) == (1, 0) else np.asarray(proxy, dtype=np.float32)
 
 
 def read_channel(image: nibabel.Nifti1Image, path: Path, channel: int) -> np.ndarray:
@@ -74,14 +77,27 @@ def _read_all_frames(path: Path, stamp: int) -> np.ndarray:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
+    except PermissionError as error:
+        raise DataError(f"{path} may not be read: change its permissions") from error
     except Exception as error:
         raise DataError(f"{path} is cut off or damaged ({error}): download or unpack it again") from error
+
+
+def check_whole(path: Path) -> None:
+    """Read a compressed file to its end, where the checksum is; `DataError` where it is not that of the content.
+
+    nibabel stops at the last voxel it needs, so a flipped bit would pass.
+    """
+    if path.suffix == ".gz":
+        with _reading(path), gzip.open(path) as file:
+            while file.read(1 << 22):
+                pass
 
 
 def directions(image: nibabel.Nifti1Image, path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
     """Unit vectors of the array axes in RAS world space, one per column, and the voxel spacing (x, y, z) in mm."""
     matrix = np.asarray(image.affine, dtype=float)[:3, :3]
     spacing = np.linalg.norm(matrix, axis=0)
-    if not np.isfinite(matrix).all() or spacing.min() <= 1e-6 or abs(np.linalg.det(matrix / spacing)) < 0.5:
+    if not np.isfinite(matrix).all() or spacing.min() <= 1e-3 or abs(np.linalg.det(matrix / spacing)) < 0.5:
         raise DataError(f"{path} has an affine that no scan can have ({matrix.tolist()}): repair the header")
     return matrix / spacing, (float(spacing[0]), float(spacing[1]), float(spacing[2]))

@@ -34,6 +34,7 @@ UNLABELLED = -1  # label value of a voxel that no loss may look at
 CHUNK = 8  # slices resampled at a time, which bounds the memory above the volume itself
 STALE = 3600.0  # seconds after which an unfinished folder is what a killed process left behind
 NORMALISATIONS = ("zscore", "minmax", "dataset", "none")
+LARGEST = 65504.0  # that float16 holds
 SAMPLES = 10_000  # foreground intensities that stand for one scan in the statistics of a data set
 
 Size = tuple[int, int, int]
@@ -122,7 +123,8 @@ class Preparation(ABC):
         prepared = np.empty((depth, height, width), np.float32 if self.normalise == "none" else np.float16)
         for start in range(0, depth, CHUNK):
             chunk = slice(start, start + CHUNK)
-            prepared[chunk] = fit(torch.from_numpy(resampled[chunk]), height, width).numpy()
+            part = fit(torch.from_numpy(resampled[chunk]), height, width).numpy()
+            prepared[chunk] = part if prepared.dtype == np.float32 else np.clip(part, -LARGEST, LARGEST, out=part)
         if label is None:
             return prepared, None
         del resampled
@@ -142,6 +144,8 @@ class Preparation(ABC):
             cut = tuple(np.percentile(grid, self.clip))
         if cut is not None:
             np.clip(grid, *cut, out=grid)
+            if self.window is not None and grid.min() == grid.max():
+                raise DataError(f"no voxel lies within the window {self.window}: is the scan in HU?")
         if self.normalise == "none":
             return
         if self.statistics is not None:
@@ -405,7 +409,7 @@ def _foreground(case: Case) -> np.ndarray:
 def cache_key(case: Case, protocol: Preparation) -> str:
     """16 hex digits that change with the scan's files (path, size, time of change), the protocol and `VERSION`."""
     files = [(str(path), *_stamp(path)) for path in (*case.images, *case.labels)]
-    facts = (VERSION, case.dataset, case.case, case.reader, case.frame, files, repr(protocol))
+    facts = (VERSION, case.dataset, case.case, case.reader, case.frame, case.about.classes, files, repr(protocol))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -498,14 +502,16 @@ def _open(case: Case, protocol: Preparation, target: Path) -> Prepared | None:
     """What lies in the cache for a case, or None where nothing does or what does was damaged."""
     try:
         facts = json.loads((target / "case.json").read_text())
+        native, spacing = tuple(facts["native_shape"]), facts["spacing"]
         image = np.load(target / "image.npy", mmap_mode="r")
         label = np.load(target / "label.npy", mmap_mode="r") if case.labels else None
     except FileNotFoundError:
         return None
-    except (ValueError, OSError, EOFError):  # cut off, by a full disk or a copy that stopped
+    except (ValueError, OSError, EOFError, KeyError, TypeError):  # cut off, by a full disk or a copy that stopped
         return None
-    spacing = facts["spacing"]
-    return Prepared(case, protocol, image, label, tuple(facts["native_shape"]), tuple(spacing) if spacing else None)
+    if label is not None and label.shape != image.shape:
+        return None
+    return Prepared(case, protocol, image, label, native, tuple(spacing) if spacing else None)
 
 
 def _make(case: Case, protocol: Preparation, target: Path) -> Prepared:
@@ -525,7 +531,7 @@ def _make(case: Case, protocol: Preparation, target: Path) -> Prepared:
         _publish(unfinished, target, case, protocol)
     except OSError as error:
         free = shutil.disk_usage(target.parent.parent).free // 2**20
-        message = f"cannot write {case.case} to the cache {target.parent} ({error.strerror}; {free} MiB free)"
+        message = f"cannot write {case.case} to the cache {target.parent} ({error.strerror or error}; {free} MiB free)"
         raise OSError(error.errno, f"{message}: make room or choose another cache folder") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

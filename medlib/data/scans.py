@@ -58,12 +58,12 @@ def _folders(root: Path, patterns: Sequence[str]) -> list[Path]:
 
 def _files(folder: Path) -> list[Path]:
     """NIfTI files of a folder. macOS leaves ._ files beside the real ones."""
-    return [path for path in sorted(folder.glob("[!.]*")) if path.name.endswith((".nii", ".nii.gz"))]
+    return [path for path in sorted(folder.glob("[!.]*")) if path.name.lower().endswith((".nii", ".nii.gz"))]
 
 
 def _match(source: Source, name: str, path: Path) -> str | None:
     pattern = re.escape(name).replace(re.escape("{}"), f"({source.number})")
-    match = re.fullmatch(rf"{pattern}\.nii(?:\.gz)?", path.name)
+    match = re.fullmatch(rf"{pattern}\.(?i:nii(?:\.gz)?)", path.name)
     return match[1] if match else None
 
 
@@ -136,7 +136,7 @@ def check_headers(image: Path, label: Path | None = None, channels: int | None =
         if mask.shape != file.shape[:3]:
             raise DataError(f"{label} has shape {mask.shape}, its image {file.shape[:3]}: they are not of one scan")
         apart = _apart(file, mask)
-        if apart > 0.5:
+        if not apart <= 0.5:  # NaN, too
             raise DataError(
                 f"{label} lies up to {apart:.3g} voxels away from its image {image} by their headers: are they of one"
                 " scan? If the label was drawn on this image, give it the image's affine"
@@ -165,7 +165,7 @@ def load_scan(case: Case, values: Mapping[int, int] | None = None, stray: Mappin
     _, spacing = directions(file, path)
     turn = ornt_transform(io_orientation(file.affine), FRAME)
     voxels = read_voxels(file, path) if case.frame is None else read_channel(file, path, case.frame)
-    image = np.ascontiguousarray(apply_orientation(voxels, turn).T, dtype=np.float32)
+    image = np.array(apply_orientation(voxels, turn).T, dtype=np.float32, order="C")
     del voxels
     label: np.ndarray | None = None
     remarks: tuple[str, ...] = ()
@@ -175,7 +175,7 @@ def load_scan(case: Case, values: Mapping[int, int] | None = None, stray: Mappin
         mask = _whole(read_voxels(open_nifti(source, 3), source), source)
         if values is not None:
             mask, remarks = _mapped(mask, source, values, stray or {})
-        label = np.ascontiguousarray(apply_orientation(mask, turn).T)
+        label = np.array(apply_orientation(mask, turn).T, order="C")
     x, y, z = (spacing[axis] for axis in np.argsort(turn[:, 0]))
     return Volume(case, image, label, (z, y, x), remarks)
 
@@ -184,10 +184,10 @@ def _whole(label: np.ndarray, path: Path) -> np.ndarray:
     """The label as integers."""
     if label.dtype.kind in "iu":
         return label
-    whole = label.astype(np.int16, casting="unsafe") if np.isfinite(label).all() else None
+    whole = label.astype(np.int64, casting="unsafe") if np.abs(label).max() < 2**31 else None  # NaN compares False
     if whole is None or not np.array_equal(whole, label):
-        odd = np.unique(label[~np.isfinite(label) | (label != np.rint(label))])[:5]
-        raise DataError(f"{path} has label values {odd.tolist()}, which are no whole numbers: is it a resampled label?")
+        odd = np.unique(label[~np.isfinite(label) | (label != np.rint(label)) | (np.abs(label) >= 2**31)])[:5]
+        raise DataError(f"{path} has label values {odd.tolist()}, which are no class numbers: is it a resampled label?")
     return whole
 
 

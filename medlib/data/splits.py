@@ -57,11 +57,11 @@ def _count(train: Sequence[str], ratio: float | None, labelled: int | None) -> i
     if (ratio is None) == (labelled is None):
         raise ValueError(f"give either ratio or labelled, not both or neither (ratio={ratio}, labelled={labelled})")
     if labelled is not None:
-        if not 1 <= labelled <= len(train):
+        if type(labelled) is not int or not 1 <= labelled <= len(train):
             raise ValueError(f"labelled must be 1..{len(train)} patients, got {labelled}")
         return labelled
     assert ratio is not None
-    if not 0 < ratio <= 1:
+    if isinstance(ratio, str) or not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
     return max(1, math.floor(ratio * len(train) + 1e-9))
 
@@ -81,7 +81,8 @@ def ratio_split(cases: Sequence[Case], ratio: float | None = None, seed: int = 0
     Raises `DataError` where too few patients have labels to fill train and val.
     """
     with_label = _patients(labelled_cases(cases))
-    part = {case.patient: case.part for case in cases if case.part}
+    part = {case.patient: case.part for case in labelled_cases(cases) if case.part}
+    anywhere = {case.patient: case.part for case in cases if case.part}
     train, val, test = ([p for p in with_label if part.get(p) == name] for name in ("train", "val", "test"))
     free = [p for p in with_label if p not in part]
     free = [free[i] for i in numpy_generator(seed, "split").permutation(len(free))]
@@ -92,10 +93,13 @@ def ratio_split(cases: Sequence[Case], ratio: float | None = None, seed: int = 0
         share = max(2 if len(free) >= 8 else 1, round(len(free) / 8))  # one patient is no ground to choose on
         val, free = free[:share], free[share:]
     train = [train[i] for i in numpy_generator(seed, "split", "train").permutation(len(train))] + free
+    if not val and len(train) > 1:  # the release has a part to choose on, and it is not here
+        share = max(2 if len(train) >= 8 else 1, round(len(train) / 8))
+        val, train = train[-share:], train[:-share]
     if not train or not val:
         raise DataError(f"{len(with_label)} patients with labels are too few to train on some and choose on others")
     count = _count(train, ratio, labelled)
-    pool = [p for p in _patients(cases) if p not in with_label and part.get(p) in (None, "train")]
+    pool = [p for p in _patients(cases) if p not in with_label and anywhere.get(p) in (None, "train")]
     return Split(f"ratio, seed {seed}", tuple(train[:count]), (*train[count:], *pool), tuple(val), tuple(sorted(test)))
 
 

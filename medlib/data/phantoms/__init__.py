@@ -17,6 +17,7 @@ from pathlib import Path
 from medlib.data.phantoms import acdc, amos22, btcv, chd, flare22, lits, mmwhs, msd
 from medlib.data.phantoms.short_axis import DIFFICULTY, Difficulty
 from medlib.data.phantoms.volumes import SIZES
+from medlib.paths import resolve
 
 __all__ = ["DIFFICULTY", "PHANTOMS", "SIZES", "Difficulty", "Release", "write_phantoms"]
 
@@ -78,13 +79,13 @@ def write_phantoms(
     if name not in PHANTOMS:
         raise ValueError(f"no phantoms for data set {name!r}; there are phantoms for: {', '.join(sorted(PHANTOMS))}")
     release = PHANTOMS[name]
-    if not 1 <= patients <= release.limit:
+    if type(patients) is not int or not 1 <= patients <= release.limit:
         raise ValueError(f"patients must be between 1 and {release.limit} for {name!r}, got {patients}")
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     if cine_frames < 0:
         raise ValueError(f"cine_frames must be 0 or more, got {cine_frames}")
-    root = Path(root)
+    root = resolve(root)
     given = {"size": size, "cine_frames": cine_frames, "difficulty": difficulty}
     options = {option: given[option] for option in release.options}
     recipe = {
@@ -101,6 +102,8 @@ def write_phantoms(
         raise FileExistsError(
             f"{root} exists and holds no {STAMP}, so its content is not a phantom's; choose another folder or empty it"
         )
+    if strangers := _strangers(root):
+        raise FileExistsError(f"{strangers[0]} is no phantom's, and drawing anew would remove it: move it away")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}.drawing.", dir=root.parent) as scratch:
         fresh = Path(scratch) / "new"
@@ -114,10 +117,24 @@ def write_phantoms(
     return root
 
 
+def is_phantom(root: Path) -> bool:
+    """Whether a folder is one of drawn patients, or lies within one."""
+    return any((place / STAMP).is_file() for place in (root, *root.parents))
+
+
 def _sizes(root: Path) -> dict[str, int]:
     return {
         path.relative_to(root).as_posix(): path.stat().st_size for path in sorted(root.rglob("*")) if path.is_file()
     }
+
+
+def _strangers(root: Path) -> list[Path]:
+    """Files under `root` that no phantom was drawn into."""
+    try:
+        drawn = {*json.loads((root / STAMP).read_text())["files"], STAMP}
+    except (OSError, ValueError, KeyError):  # no stamp, or one that was cut off
+        return []
+    return [root / name for name in _sizes(root) if name not in drawn and not Path(name).name.startswith(".")]
 
 
 def _complete(root: Path, recipe: dict[str, object]) -> bool:

@@ -48,6 +48,12 @@ def _classes(content: dict[str, Any], root: Path) -> tuple[str, ...]:
         expected = '{"0": "background", "1": NAME, ...} without gaps'
         raise DataError(f"{root / 'dataset.json'} has the labels {labels}, expected {expected}")
     names = [str(labels[str(value)]) for value in range(len(labels))]
+    if names[0].lower() != "background":
+        raise DataError(
+            f"{root / 'dataset.json'} calls label 0 {names[0]!r}: 0 is the background, count classes from 1"
+        )
+    if len(names) > 127 or len({*names}) < len(names):
+        raise DataError(f"{root / 'dataset.json'} must name at most 126 classes, no two alike, got {names}")
     return ("background", *names[1:])
 
 
@@ -58,6 +64,8 @@ def find(root: Path) -> list[Case]:
     patients = content.get("patients", {})
     if not isinstance(patients, dict):
         raise DataError(f"{root / 'dataset.json'} has the patients {patients!r}, expected {{case: patient, ...}}")
+    if stray := sorted(set(patients) - {case.case for case in cases}):
+        raise DataError(f"{root / 'dataset.json'} names the patient of {stray[0]!r}, which is no scan here")
     info = dataclasses.replace(
         INFO,
         window=_window(content, root),
