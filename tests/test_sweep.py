@@ -61,3 +61,20 @@ def test_a_record_of_other_settings_is_not_taken_for_the_run(root, tmp_path, cap
     assert "other settings (finetune_steps)" in capsys.readouterr().err
     for wrong in (["--name", "../up"], ["-s", "frozen", "maybe"], ["-s", "finetune_steps", "0"]):
         assert sweep(root, tmp_path, *call, *wrong) == 2
+
+
+def test_a_record_of_another_data_set_or_split_is_not_taken_for_the_run(root, tmp_path, capsys):
+    grid = ["--methods", "supervised", "--labelled", "1", "--seeds", "0"]
+    assert sweep(root, tmp_path, *grid) == 0
+    assert sweep(root, tmp_path, *grid, "--open-test") == 2 and "other settings (test)" in capsys.readouterr().err
+    other = write_phantoms("acdc", tmp_path / "other", patients=11, seed=0, cine_frames=0)
+    assert sweep(other, tmp_path, *grid) == 2 and "other settings (patients)" in capsys.readouterr().err
+
+
+def test_phantoms_are_recorded_as_such_without_being_told(root, tmp_path):
+    arguments = ["sweep", "acdc", str(root), "--scale", "ci", "--device", "cpu", "--methods", "supervised"]
+    folders = ["--records", str(tmp_path / "records"), "--output-dir", str(tmp_path / "runs")]
+    assert main([*arguments, *folders, "--labelled", "1", "--seeds", "0"]) == 0
+    assert load_records(tmp_path / "records")[0].data["kind"] == "phantom"
+    (tmp_path / "a file").touch()
+    assert main([*arguments, "--records", str(tmp_path / "a file"), "--labelled", "1", "--seeds", "0"]) == 2
