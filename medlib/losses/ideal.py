@@ -13,7 +13,6 @@ temperature 0.2 is also the default here, because IDEAL names none.
 Each equation stands here twice: slow and literal (``..._by_definition``), and as the form that is trained.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -140,6 +139,7 @@ def local_contrastive_loss(
     correspondence: Tensor,
     temperature: float = 0.2,
     *,
+    images: Tensor | None = None,
     negatives: Literal["cells", "pooled"] = "cells",
     queue: Tensor | None = None,
     queue_valid: Tensor | None = None,
@@ -155,6 +155,8 @@ def local_contrastive_loss(
     image has no negatives: B = 1 raises ``ValueError``. Gradient flows to query and key: detach a momentum key before.
 
     Options, none of them in the paper:
+        images: (B,) int, which image a row shows, where a batch may hold one twice: its two rows are then not each
+            other's negatives. An image without any negative adds a loss of 0.
         negatives: "pooled" takes one negative from each other image, the mean of its key cells (DenseCL).
         queue: (K, D) keys of earlier batches, negatives in addition. ``queue_valid`` (B, K) bool says which of them
             may be a negative of which image: not the empty slots, and not the image itself of an epoch ago.
@@ -174,23 +176,26 @@ def local_contrastive_loss(
         raise ValueError("queue and queue_valid belong together: give both or neither")
     if queue is not None and queue_valid is not None:
         check_shapes(query=(query, "BDhw"), queue=(queue, "KD"), queue_valid=(queue_valid, "BK"))
+    if images is not None:
+        check_shapes(query=(query, "BDhw"), images=(images, "B"))
     if batch == 1:
         raise ValueError("a batch of one image has no negatives: local_contrastive_loss needs B >= 2")
     if query.numel() == 0:
         return (query * 0).sum() + (key * 0).sum()
 
-    image = torch.arange(batch, device=query.device)
+    row = torch.arange(batch, device=query.device)
     q, k = _unit_cells(query), _unit_cells(key)  # (B S, D)
     matched = (correspondence >= 0).flatten()  # (B S,)
-    positive = (q * k[(image[:, None] * cells + correspondence.clamp(min=0)).flatten()]).sum(dim=1) / temperature
+    positive = (q * k[(row[:, None] * cells + correspondence.clamp(min=0)).flatten()]).sum(dim=1) / temperature
 
-    columns = k if negatives == "cells" else unit_vectors(key.flatten(2).mean(dim=2))  # (M, D)
-    owner = image.repeat_interleave(len(columns) // batch)  # (M,)
-    allowed = image[:, None] != owner[None, :]  # (B, M)
+    # the pooled key by parts: a sum of the largest floats before the division would be infinite
+    columns = k if negatives == "cells" else unit_vectors((key / cells).flatten(2).sum(dim=2))  # (M, D)
+    shown = row if images is None else images
+    allowed = shown[:, None] != shown.repeat_interleave(len(columns) // batch)  # (B, M)
     if queue is not None and queue_valid is not None:
         columns, allowed = torch.cat([columns, unit_vectors(queue)]), torch.cat([allowed, queue_valid], dim=1)
 
-    others = _logsumexp_in_chunks(q / temperature, columns, allowed, image.repeat_interleave(cells))  # (B S,)
+    others = _logsumexp_in_chunks(q / temperature, columns, allowed, row.repeat_interleave(cells))  # (B S,)
     terms = torch.logaddexp(torch.zeros_like(others), others - positive)
     return terms.masked_fill(~matched, 0).sum() / matched.sum().clamp(min=1)
 
@@ -204,16 +209,11 @@ def _check_correspondence(correspondence: Tensor, batch: int, cells: int) -> Non
     if correspondence.shape != (batch, cells) or correspondence.is_floating_point():
         got = f"{tuple(correspondence.shape)} {correspondence.dtype}"
         raise ValueError(f"correspondence must be (B, h*w) = ({batch}, {cells}) of an integer type, got {got}")
-    on_host = (
-        correspondence.device.type == "cpu"
-    )  # elsewhere the look would wait for the device, which checks by itself
-    if (
-        on_host
-        and correspondence.numel()
-        and not NO_MATCH <= int(correspondence.min()) <= int(correspondence.max()) < cells
-    ):
+    if correspondence.device.type != "cpu" or not correspondence.numel():
+        return  # to look would be to wait for the device, which refuses an index out of range by itself
+    if not NO_MATCH <= int(correspondence.min()) <= int(correspondence.max()) < cells:
         raise ValueError(
-            f"correspondence must hold cells 0 to {cells - 1} or {NO_MATCH}, got {correspondence.unique()}"
+            f"correspondence must hold cells 0 to {cells - 1} or {NO_MATCH}, got {correspondence.unique().tolist()}"
         )
 
 
@@ -223,9 +223,10 @@ def _logsumexp_in_chunks(rows: Tensor, columns: Tensor, allowed: Tensor, image: 
     ``rows`` (N, D), ``columns`` (M, D); ``allowed`` (B, M) bool says which columns the rows of an image see, ``image``
     (N,) whose row it is.
     """
+    never = torch.finfo(rows.dtype).min / 4  # not -inf: where no column is allowed, its gradient would be NaN
 
     def chunk(some: Tensor, of: Tensor, columns: Tensor) -> Tensor:
-        return (some @ columns.T).masked_fill(~allowed[of], -math.inf).logsumexp(dim=1)
+        return (some @ columns.T).masked_fill(~allowed[of], never).logsumexp(dim=1)
 
     size = max(1, CHUNK // len(columns))
     if len(rows) <= size:
