@@ -6,9 +6,13 @@ from torch import nn
 
 from medlib.nets import (
     Decoder,
+    DenseProjectionHead,
     Encoder,
     ProjectionHead,
+    ResNetEncoder,
     UNet,
+    branched_resnet,
+    branched_unet,
     coral_unet,
     parameter_count,
     seeded_init,
@@ -152,3 +156,53 @@ def test_seeded_init_repeats_and_leaves_the_global_state():
     assert torch.equal(torch.get_rng_state(), before)
     kernel = coral_unet(4, 8).encoder.levels[2].conv_1.conv.weight  # He: variance 2 / ((1 + slope^2) fan-in)
     assert kernel.std().item() == pytest.approx((2 / (1 + 0.01**2) / (32 * 9)) ** 0.5, rel=0.05)
+
+
+def test_the_encoder_of_ideal_is_a_resnet_50_for_one_channel():
+    encoder = ResNetEncoder()
+    assert parameter_count(encoder) == 23_501_760  # notes B5; 3 channels have 23,508,032
+    features = encoder(torch.rand(2, 1, 64, 96))
+    shapes = [(64, 32, 48), (256, 16, 24), (512, 8, 12), (1024, 4, 6), (2048, 2, 3)]
+    assert [tuple(f.shape[1:]) for f in features] == shapes
+
+
+def test_the_dense_head_has_as_many_parameters_as_the_global_one_and_is_it_cell_by_cell():
+    assert parameter_count(DenseProjectionHead(2048, 128)) == parameter_count(ProjectionHead(2048, 128)) == 4_458_624
+    dense, pooled = DenseProjectionHead(6, 4), ProjectionHead(6, 4)
+    for layer, other in ((0, 0), (2, 2)):
+        pooled.mlp[other].weight.data = dense.mlp[layer].weight.data.flatten(1)
+        pooled.mlp[other].bias.data = dense.mlp[layer].bias.data
+    features = torch.randn(2, 6, 3, 5)
+    grid = dense(features)
+    assert grid.shape == (2, 4, 3, 5)
+    torch.testing.assert_close(grid[:, :, 1, 2], pooled(features[:, :, 1:2, 2:3]))
+
+
+def test_two_branches_share_the_encoder_and_differ_in_how_they_upsample():
+    resnet = branched_resnet(4)
+    unet = branched_unet(4, 2)
+    for network, side in ((resnet, 64), (unet, 32)):
+        logits = network(torch.rand(2, 1, side, side))
+        assert [tuple(one.shape) for one in logits] == [(2, 4, side, side)] * 2
+        first, second = network.decoders
+        assert [len(decoder.levels) for decoder in (first, second)] == [4, 4]
+        learned = [
+            sum(isinstance(layer, nn.ConvTranspose2d) for layer in decoder.modules()) for decoder in (first, second)
+        ]
+        assert learned == [4, 0]
+        interpolated = [sum(isinstance(layer, nn.Upsample) for layer in d.modules()) for d in (first, second)]
+        assert interpolated == [0, 4]
+        assert {name.split(".")[0] for name, _ in network.named_parameters()} == {"encoder", "decoders", "classifiers"}
+    with pytest.raises(ValueError, match=r"multiples of 16.*\(40, 32\)"):
+        unet(torch.rand(1, 1, 40, 32))
+    with pytest.raises(ValueError, match="multiples of 32"):
+        resnet(torch.rand(1, 1, 48, 48))
+
+
+def test_one_branch_is_the_unet_of_the_others():
+    with seeded_init(0, "weights"):
+        plain = coral_unet(4, 2)
+    with seeded_init(0, "weights"):
+        branched = branched_unet(4, 2, branches=1)
+    images = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(branched(images), [plain(images)], rtol=0, atol=0)

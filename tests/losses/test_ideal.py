@@ -1,6 +1,7 @@
 """IDEAL's losses against hand-made numbers, the equations as loops, and what must hold for any input."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from medlib.losses.ideal import (
     local_contrastive_loss,
     local_contrastive_loss_by_definition,
 )
+from tests.benchmarks.bench_coral import peak_megabytes
+from tests.benchmarks.bench_ideal import batch, forward_backward, local_contrastive_loss_plain
 
 
 def maps(seed: int, batch: int = 3, dim: int = 4, height: int = 2, width: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -520,3 +523,18 @@ def test_wrong_shapes_and_values_are_named():
         cross_consistency_loss(logits(0), logits(0, classes=2))
     with pytest.raises(ValueError, match=r"labels \(2, 3\)"):
         cross_consistency_loss(logits(0), logits(1), torch.zeros(2, 3, dtype=torch.long))
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_similarities_is_never_held(monkeypatch):
+    """Loose bounds that a return of the whole table would break; `tests.benchmarks.bench_ideal` has the numbers."""
+    monkeypatch.setattr(ideal, "CHUNK", 2**16)
+    query, key, match = batch(16, 8, dim=8)  # a table of 1024 x 1024: 4 MB a copy
+    run = partial(forward_backward, local_contrastive_loss, query, key, match)
+    plain = partial(forward_backward, local_contrastive_loss_plain, query, key, match)
+    (value, gradient), (expected, expected_gradient) = run(), plain()
+    assert value == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-9)
+    assert peak_megabytes(run) < 3 < 8 < peak_megabytes(plain)
