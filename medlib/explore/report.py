@@ -136,7 +136,7 @@ def _shares(figure: go.Figure, report: Report) -> None:
 
 
 def write_page(figure: go.Figure, path: Path) -> None:
-    """The figure as a file: .html (interactive, always possible), .png, .pdf or .svg (drawn by a Chrome).
+    """The figure as a file: .html (always possible), .png, .pdf or .svg (drawn by a Chrome).
 
     Raises `ValueError` for another ending, `OSError` where a picture is wanted and no Chrome is found.
     """

@@ -172,7 +172,7 @@ LOADED = {
     "wrong label values": ("label", lambda p: rewrite(p, lambda a: (a + 999).astype(np.int16)), "has label values"),
     "negative label": ("label", lambda p: rewrite(p, lambda a: (a - 1).astype(np.int16)), "has label values"),
     "half a label": ("label", lambda p: rewrite(p, lambda a: a.astype(np.float32) + 0.5), "no class numbers"),
-    "nan label": ("label", lambda p: rewrite(p, lambda a: np.where(a > 0, np.nan, 0).astype(np.float32)), "no whole"),
+    "nan label": ("label", lambda p: rewrite(p, lambda a: np.where(a > 0, np.nan, 0).astype(np.float32)), "no class"),
     "nan image": ("image", lambda p: rewrite(p, lambda a: a * np.float32(np.nan)), "not finite"),
     "constant image": ("image", lambda p: rewrite(p, lambda a: a * 0), "everywhere"),
     "label moved since": ("label", lambda p: rewrite(p, lambda a: a, np.diag([9.0, 9, 9, 1])), "voxels away"),
