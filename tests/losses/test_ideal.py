@@ -268,8 +268,9 @@ def test_one_image_twice_in_a_batch_is_not_its_own_negative():
     torch.testing.assert_close(distinct, local_contrastive_loss(query, key, match))
 
     query.requires_grad_()
-    none = local_contrastive_loss(query, key, match, images=torch.full((4,), 3))  # nobody has a negative
-    none.backward()
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either, also where a zero would hide it
+        none = local_contrastive_loss(query, key, match, images=torch.full((4,), 3))  # nobody has a negative
+        none.backward()
     assert none.item() == 0 and query.grad.abs().max() == 0
 
 
