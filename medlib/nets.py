@@ -227,9 +227,17 @@ class UNet(nn.Module):
         self.stride = 2 ** (len(encoder.levels) - 1)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.maps(images)[-1])
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The encoder's last map and the decoder's, coarsest first; the classifier reads the last, of full resolution.
+
+        A map (B, channels, *space) has half the side and twice the channels of the next.
+        """
         if any(side % self.stride for side in images.shape[2:]):
             raise ValueError(f"image sides must be multiples of {self.stride}, got {tuple(images.shape[2:])}")
-        return self.classifier(self.decoder(self.encoder(images))[-1])
+        features = self.encoder(images)
+        return [features[-1], *self.decoder(features)]
 
 
 class BranchedUNet(nn.Module):

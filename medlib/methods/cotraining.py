@@ -303,6 +303,7 @@ class CotrainingWork(Work):
     """
 
     done: Tensor  # steps taken, on the device
+    labels: Tensor  # (labelled, *space) int64 of the batch under way, for `terms` that use them
 
     def __init__(self, method: Cotrained, networks: nn.ModuleDict, data: TrainingData, streams: Streams):
         super().__init__()
@@ -365,6 +366,10 @@ class CotrainingWork(Work):
         """
         return {}
 
+    def ramp_of(self, term: str) -> Tensor:
+        """The present height, 0-d, of the ramp on the weight of one term; by default all share `ramp`."""
+        return self.ramp()
+
     # what does not
 
     def ramp(self) -> Tensor:
@@ -389,10 +394,10 @@ class CotrainingWork(Work):
         supervised = self.supervised(outputs, labels)
         total, terms = supervised, {}
         if unlabelled is not None:
+            self.labels = labels
             terms = self.terms(outputs, images, labelled, targets)
-            ramp = self.ramp()
             for name, term in terms.items():
-                total = total + ramp * self.method.weights[name] * term
+                total = total + self.ramp_of(name) * self.method.weights[name] * term
         return {"total": total, "supervised": supervised, **terms}
 
     def after_step(self) -> None:
