@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,13 +207,14 @@ def run(
     open_test: bool = False,
     progress: bool = True,
     callback: Callback | None = None,
+    keep: Collection[int] = (),
 ) -> Outcome:
     """Train ``method`` on ``data``, then measure the last networks on validation and, when asked, on test.
 
     Args:
         seed: of the training; the split is the data's.
         open_test: also measure on the test patients: for the number that is reported, not for choosing.
-        callback: see `medlib.train.train`.
+        callback, keep: see `medlib.train.train`.
     """
     fabric = make_fabric(device)
     started = time.monotonic()
@@ -226,6 +227,7 @@ def run(
         validate=prepared_dice(data.val, data.info.classes, fabric.device) if data.val else None,
         progress=progress,
         callback=callback,
+        keep=keep,
     )
 
     predict = predictor(method, trained.networks, fabric)

@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,13 @@ class Session:
         cases = self.cases()
         return experiment.load(cases, split_cases(self.dataset, cases, self.ratio, seed=0), method, progress=False)
 
-    def run(self, method: Method, data: TrainingData, callback: Callback | None = None) -> experiment.Outcome:
+    def run(
+        self, method: Method, data: TrainingData, callback: Callback | None = None, keep: Collection[int] = ()
+    ) -> experiment.Outcome:
         """Train ``method``, measure it on validation and test, and leave a record in ``output_dir/records``.
 
         A stage that was trained before with the same inputs is taken from its checkpoint; the same run writes the same
-        file.
+        file. ``keep``: steps after which the weights are kept, see `medlib.train.train`.
         """
         outcome = experiment.run(
             method,
@@ -120,6 +122,7 @@ class Session:
             open_test=True,
             progress=False,
             callback=callback,
+            keep=keep,
         )
         record = outcome.record(scale=self.scale, root=self.data_root, command=self.command())
         facts = json.dumps([record.to_dict()[name] for name in ("settings", "split", "data")], sort_keys=True)

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -77,11 +77,17 @@ class Trained:
     networks: nn.ModuleDict
     stages: list[StageResult]
 
-    def state(self, stage: str) -> dict[str, Tensor]:
-        """The weights at the end of ``stage``, for ``networks.load_state_dict``. ValueError: no such stage."""
+    def state(self, stage: str, step: int | None = None) -> dict[str, Tensor]:
+        """The weights at the end of ``stage``, or after a ``step`` that was kept, for ``networks.load_state_dict``.
+
+        ValueError: no such stage, or a step that was not kept.
+        """
         for result in self.stages:
             if result.name == stage:
-                return torch.load(result.folder / CHECKPOINT, map_location="cpu", weights_only=True)["networks"]
+                path = result.folder / (CHECKPOINT if step is None else _kept(step))
+                if not path.exists():
+                    raise ValueError(f"step {step} of stage {stage!r} was not kept: train with keep=[{step}]")
+                return torch.load(path, map_location="cpu", weights_only=True)["networks"]
         raise ValueError(f"there is no stage {stage!r}; there are {', '.join(result.name for result in self.stages)}")
 
 
@@ -112,6 +118,7 @@ def train(
     checkpoint_seconds: float = 30.0,
     progress: bool = True,
     callback: Callback | None = None,
+    keep: Collection[int] = (),
 ) -> Trained:
     """Train ``method`` on ``data`` through all its stages; resumes and reuses what ``output_dir`` already holds.
 
@@ -123,6 +130,8 @@ def train(
         log_every: steps between lines of the metrics file; the only moments at which the host waits for the device.
         callback: called as ``callback(stage, step, terms)`` at every such line; after a validation with one term,
             ``val_dice``, that maps names to numbers.
+        keep: steps, 0 among them, after which the weights are also kept, for `Trained.state`. Those that a stage does
+            not reach are left out; a finished stage that lacks one is trained again.
 
     Raises:
         NonFiniteLoss: a term is infinite or not a number.
@@ -136,7 +145,7 @@ def train(
     for stage in method.stages(data):
         loop = _Loop(
             method, stage, networks, data, seed, output_dir, fabric, validate, validate_every,
-            log_every, checkpoint_seconds, progress, callback,
+            log_every, checkpoint_seconds, progress, callback, keep,
         )  # fmt: skip
         results.append(loop.run())
     networks.requires_grad_(True).eval()
@@ -197,6 +206,7 @@ class _Loop:
     checkpoint_seconds: float
     progress: bool
     callback: Callback | None
+    keep: Collection[int]
 
     def run(self) -> StageResult:
         key = stage_key(self.stage, self.data, self.seed, self.networks)
@@ -208,6 +218,9 @@ class _Loop:
 
     def _run(self, key: str) -> StageResult:
         saved = self._load()
+        done = 0 if saved is None else saved["step"]
+        if any(step <= done and not (self.folder / _kept(step)).exists() for step in self.keep):
+            saved = None  # trained without keeping a step that is wanted now
         if saved is not None and saved["step"] >= self.stage.steps:
             self.networks.load_state_dict(saved["networks"])
             self._replay()
@@ -249,6 +262,7 @@ class _Loop:
             self._restore(saved)
         elif fabric.is_global_zero:
             (self.folder / METRICS).write_text("")
+        self._keep()
         runner, optimizer = self.fabric.setup(work, work.optimizer)
         every = self.validate_every or max(1, self.stage.steps // 4)
         work.train()
@@ -268,6 +282,7 @@ class _Loop:
                 work.schedule.step()
                 work.after_step()
                 self.step += 1
+                self._keep()
                 self.seconds = before + time.monotonic() - started
                 for name, term in terms.items():
                     ok = torch.isfinite(term.detach())
@@ -364,15 +379,11 @@ class _Loop:
                     "number, and was not kept. A lower learning rate is the usual cure."
                 )
             state = {name: state[name] for name in ("step", "seconds", "networks")}
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=CHECKPOINT, delete=False) as file:
-            try:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, self.folder / CHECKPOINT)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        _write_state(self.folder / CHECKPOINT, state)
+
+    def _keep(self) -> None:
+        if self.step in self.keep and self.fabric.is_global_zero:
+            _write_state(self.folder / _kept(self.step), {"networks": self.networks.state_dict()})
 
     def _load(self) -> dict[str, Any] | None:
         path = self.folder / CHECKPOINT
@@ -437,6 +448,23 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _kept(step: int) -> str:
+    return f"step-{step}.pt"
+
+
+def _write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """``torch.save`` that leaves a whole file or none."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def _write_text(path: Path, text: str) -> None:

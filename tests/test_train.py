@@ -28,7 +28,9 @@ def fabric():
 
 
 def run(name: str, folder: Path, *, seed: int = 0, labelled: int = 1, method=None, **settings) -> Trained:
-    options = {k: settings.pop(k) for k in ("callback", "checkpoint_seconds", "log_every", "validate") if k in settings}
+    options = {
+        k: settings.pop(k) for k in ("callback", "checkpoint_seconds", "log_every", "validate", "keep") if k in settings
+    }
     method = method or build(name, **{**SETTINGS, **settings})
     data = training_data(labelled=labelled)
     options = {"log_every": 2, "progress": False, **options}
@@ -132,6 +134,36 @@ def test_a_reused_stage_shows_its_history_to_the_callback(tmp_path):
         return seen
 
     assert lines(tmp_path) == lines(tmp_path) != []
+
+
+def test_weights_are_kept_after_the_steps_that_were_asked_for(tmp_path):
+    plain = run("supervised", tmp_path)
+    with pytest.raises(ValueError, match=r"keep=\[3\]"):
+        plain.state("finetune", 3)
+    kept = run("supervised", tmp_path, keep=[0, 3, 6, 99])
+    assert not kept.stages[0].reused and same(plain, kept)
+    assert run("supervised", tmp_path, keep=[3]).stages[0].reused
+
+    def differ(step: int) -> bool:
+        then = kept.state("finetune", step)
+        return any(not torch.equal(now, then[name]) for name, now in weights(kept).items())
+
+    assert differ(0) and differ(3) and not differ(6)
+    assert sorted(path.name for path in kept.stages[0].folder.glob("step-*")) == ["step-0.pt", "step-3.pt", "step-6.pt"]
+
+
+def test_kept_weights_survive_a_killed_run(tmp_path):
+    def die(name: str, at: int, terms: object) -> None:
+        if at == 4:
+            raise Stop
+
+    whole = run("supervised", tmp_path / "whole", keep=[2, 5])
+    with pytest.raises(Stop):
+        run("supervised", tmp_path / "cut", keep=[2, 5], log_every=1, checkpoint_seconds=0.0, callback=die)
+    resumed = run("supervised", tmp_path / "cut", keep=[2, 5])
+    for step in (2, 5):
+        mine, theirs = (one.state("finetune", step) for one in (whole, resumed))
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
