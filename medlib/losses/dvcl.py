@@ -276,7 +276,7 @@ def reverse_rank(features: Tensor, queries: Tensor, neighbors: Tensor, *, block:
     m = queries.to(pool.device)[:, None].expand(neighbors.shape).flatten()[order]
     ranks = []
     for n_some, m_some in zip(n.split(ROWS), m.split(ROWS), strict=True):
-        rows, row = torch.unique_consecutive(n_some, return_inverse=True)
+        rows, row = _distinct(n_some)
         threshold = _key((pool[n_some] * pool[m_some] * UNIT).sum(dim=1), m_some)
         nearer = torch.zeros_like(
             threshold
@@ -331,6 +331,16 @@ def partition_neighbors(
 def _affinity(relevant: Tensor, ordinary: float, features: Tensor) -> Tensor:
     dtype = torch.promote_types(features.dtype, torch.float32)
     return torch.full(relevant.shape, ordinary, dtype=dtype, device=features.device).masked_fill(relevant, 1)
+
+
+def _distinct(sorted_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows without repetition, and where in them each of ``sorted_rows`` (n,) stands.
+
+    On a GPU the host would have to wait for their number: there repetitions stay, and are computed again.
+    """
+    if sorted_rows.device.type == "cpu":
+        return torch.unique_consecutive(sorted_rows, return_inverse=True)
+    return sorted_rows, torch.arange(len(sorted_rows), device=sorted_rows.device)
 
 
 def _search_space(features: Tensor, queries: Tensor, neighbors: Tensor | None = None, *, block: int) -> Tensor:
