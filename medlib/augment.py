@@ -1,16 +1,24 @@
-"""Geometric augmentation: batched, on the device, one interpolation, replayable on images, labels and predictions.
+"""Augmentation: batched, on the device, one interpolation, replayable on images, labels and predictions.
 
 A `Warp` is a sampling grid for a whole batch. It is drawn once and can then be applied to images (bilinear), to labels
-(nearest) and to predictions (bilinear, differentiable), which is what equivariance losses need. kornia does the
-geometry; the random parameters are drawn here because kornia's own random modules draw from PyTorch's global state.
+(nearest) and to predictions (bilinear, differentiable), which is what equivariance losses need. `CutMix` is replayed in
+the same way. kornia does the geometry; the random parameters are drawn here because kornia's own random modules draw
+from PyTorch's global state.
+
+`GeometricAugmentation` makes the weak view that all methods train on, `StrongAugmentation` what a student gets on top
+of it, `ThinPlateAugmentation` the warp of an equivariance loss.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from kornia.filters import gaussian_blur2d
 from kornia.geometry.transform import get_affine_matrix2d
+from scipy.interpolate import RBFInterpolator
 from torch import Tensor
 
 REFERENCE_SIDE = 352  # px: the image side at which PCL and CORAL state their elastic deformation
@@ -67,19 +75,13 @@ class GeometricAugmentation:
     elastic_alpha: tuple[float, float] = (100 / REFERENCE_SIDE, 350 / REFERENCE_SIDE)
 
     def __post_init__(self) -> None:
-        for name in ("mirror", "deform"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability in [0, 1], got {getattr(self, name)}")
+        _check_probabilities(self, "mirror", "deform")
         if not 0 < self.scale[0] <= 1 <= self.scale[1]:
             raise ValueError(f"scale must enclose 1, got {self.scale}")
 
     def draw(self, batch: int, side: int, generator: torch.Generator) -> Warp:
         """Draw one warp for each of ``batch`` square images of ``side`` px, on the generator's device."""
-        device = generator.device
-
-        def uniform(low: float, high: float, *shape: int) -> Tensor:
-            return low + (high - low) * torch.rand(*shape, generator=generator, device=device)
-
+        device, uniform = generator.device, _uniform(generator)
         deformed = (uniform(0, 1, batch) < self.deform).float()
         zoom = torch.where(
             uniform(0, 1, batch) < 0.5, uniform(self.scale[0], 1, batch), uniform(1, self.scale[1], batch)
@@ -100,3 +102,231 @@ class GeometricAugmentation:
         alpha = uniform(*self.elastic_alpha, batch, 1, 1, 1) * side * deformed.view(-1, 1, 1, 1)
         shift = smooth * alpha * (side / REFERENCE_SIDE) * (2 / side)
         return Warp(grid + shift.permute(0, 2, 3, 1))
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """Images with a rectangle of the next image of the batch: ``pasted`` (B, H, W) bool, the pixels of the next one."""
+
+    pasted: Tensor
+
+    @classmethod
+    def draw(cls, batch: int, side: int, generator: torch.Generator, area: float = 0.5) -> "CutMix":
+        """A rectangle of that part of the image, of random shape and place, in each of ``batch`` images.
+
+        Its width is drawn from U(area, 1) of the side. Source: French et al. 2020 (arXiv 1906.01916), the code of MONA.
+        """
+        if not 0 < area < 1:
+            raise ValueError(f"area must lie in (0, 1), got {area}")
+        uniform = _uniform(generator)
+        width = uniform(area, 1, batch)
+        size = torch.stack([area / width, width], dim=1)  # (B, 2): height and width in parts of the side
+        first = uniform(0, 1, batch, 2) * (1 - size)
+        centres = (torch.arange(side, device=generator.device) + 0.5) / side
+        inside = (centres >= first[..., None]) & (centres < (first + size)[..., None])  # (B, 2, side)
+        return cls(inside[:, 0, :, None] & inside[:, 1, None, :])
+
+    def images(self, images: Tensor) -> Tensor:
+        """Mix images, or predictions, (B, C, H, W)."""
+        return torch.where(self.pasted[:, None], images.roll(-1, dims=0), images)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Mix labels (B, H, W) in the same way."""
+        return torch.where(self.pasted, labels.roll(-1, dims=0), labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotometricAugmentation:
+    """Brightness and contrast (x -> contrast x + brightness) and Gaussian blur, each with a draw of its own an image.
+
+    Attributes:
+        probability: of a change of brightness and contrast, and of the blur.
+        brightness: drawn from U(-brightness, brightness), in standard deviations of the z-scored scan.
+        contrast: drawn from U(1 - contrast, 1 + contrast).
+        blur: range of the standard deviation of the Gaussian, in px.
+
+    The defaults are those of MONA's code, which has a factor on images in [0, 1] where we add a brightness.
+    """
+
+    probability: float = 0.5
+    brightness: float = 0.25
+    contrast: float = 0.25
+    blur: tuple[float, float] = (0.15, 1.15)
+
+    def __post_init__(self) -> None:
+        _check_probabilities(self, "probability")
+        if not self.brightness >= 0:
+            raise ValueError(f"brightness must be at least 0, got {self.brightness}")
+        if not 0 <= self.contrast < 1:
+            raise ValueError(f"contrast must lie in [0, 1), got {self.contrast}")
+        if not 0 < self.blur[0] <= self.blur[1]:
+            raise ValueError(f"blur must be a range of positive px, got {self.blur}")
+
+    def images(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Changed images (B, 1, H, W)."""
+        uniform, each = _uniform(generator), (len(images), 1, 1, 1)
+        brightness = uniform(-self.brightness, self.brightness, *each)
+        contrast = uniform(1 - self.contrast, 1 + self.contrast, *each)
+        changed = torch.where(uniform(0, 1, *each) < self.probability, images * contrast + brightness, images)
+        sigma = uniform(*self.blur, len(images), 1).expand(-1, 2)
+        width = 2 * int(3 * self.blur[1]) + 1
+        blurred = gaussian_blur2d(changed, (width, width), sigma.to(images.dtype), border_type="replicate")
+        return torch.where(uniform(0, 1, *each) < self.probability, blurred, changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffeomorphicAugmentation:
+    """Smooth warps that never fold: a random velocity field, integrated by scaling and squaring.
+
+    Attributes:
+        probability: of a warp, for each image.
+        cells: side of the grid on which velocities are drawn, then smoothed by a Gaussian of one cell.
+        shift: standard deviation of the velocity along an axis, in parts of the image side.
+        squarings: n of the 2^n small steps of the integration.
+
+    The defaults give what MONA's code does at 256 px: shifts of 1.3 px on average.
+    """
+
+    probability: float = 0.5
+    cells: int = 32
+    shift: float = 1 / 256
+    squarings: int = 8
+
+    def __post_init__(self) -> None:
+        _check_probabilities(self, "probability")
+        if self.cells < 2 or self.squarings < 1 or not self.shift >= 0:
+            raise ValueError(
+                f"cells must be at least 2, squarings at least 1 and shift at least 0; "
+                f"got {self.cells}, {self.squarings} and {self.shift}"
+            )
+
+    def draw(self, batch: int, side: int, generator: torch.Generator) -> Warp:
+        """Draw one warp for each of ``batch`` square images of ``side`` px, on the generator's device."""
+        device = generator.device
+        chosen = torch.rand(batch, 1, 1, 1, generator=generator, device=device) < self.probability
+        noise = torch.randn(batch, 2, self.cells, self.cells, generator=generator, device=device)
+        velocity = gaussian_blur2d(noise, (7, 7), (1.0, 1.0), border_type="replicate")
+        velocity = velocity / velocity.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        velocity = F.interpolate(velocity, size=(side, side), mode="bilinear", align_corners=False)
+        identity = _identity_grid(batch, side, device)
+        step = velocity * chosen * (2 * self.shift / 2**self.squarings)  # (B, 2, H, W), in grid coordinates
+        for _ in range(self.squarings):  # twice the way: from where the first half leads, the second half
+            where = identity + step.permute(0, 2, 3, 1)
+            step = step + F.grid_sample(step, where, padding_mode="border", align_corners=False)
+        return Warp(identity + step.permute(0, 2, 3, 1))
+
+
+@dataclass(frozen=True)
+class StrongView:
+    """What was drawn of the geometry of a strong view: a mixture with the next image, then a warp."""
+
+    mix: CutMix
+    warp: Warp
+
+    def images(self, images: Tensor) -> Tensor:
+        """Move images, or predictions, (B, C, H, W)."""
+        return self.warp.images(self.mix.images(images))
+
+    def labels(self, labels: Tensor, outside: int = 0) -> Tensor:
+        """Move labels (B, H, W) int in the same way; pixels from outside become ``outside``."""
+        return self.warp.labels(self.mix.labels(labels), outside)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrongAugmentation:
+    """CutMix, a diffeomorphic warp, brightness, contrast and blur, on top of a weak view. Source: MONA section IV-B.
+
+    Attributes:
+        area: part of an image that CutMix takes from the next one.
+    """
+
+    area: float = 0.5
+    photometric: PhotometricAugmentation = field(default_factory=PhotometricAugmentation)
+    diffeomorphic: DiffeomorphicAugmentation = field(default_factory=DiffeomorphicAugmentation)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.area < 1:
+            raise ValueError(f"area must lie in (0, 1), got {self.area}")
+
+    def draw(self, batch: int, side: int, generator: torch.Generator) -> StrongView:
+        """The geometry for ``batch`` square images of ``side`` px; `photometric` changes their intensities."""
+        mix = CutMix.draw(batch, side, generator, self.area)
+        return StrongView(mix, self.diffeomorphic.draw(batch, side, generator))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinPlateAugmentation:
+    """A thin-plate spline through a few jittered points, then mirror, rotation, scaling and shift.
+
+    Attributes:
+        points: control points along each side.
+        jitter: range of their displacement, +- this in parts of half the side.
+        mirror: probability to mirror left and right.
+        rotation: largest angle in degrees, drawn from U(-rotation, rotation).
+        scale: range of the zoom; above 1 shows more.
+        shift: largest shift along each axis, in parts of half the side.
+
+    The defaults are those of MONA's code.
+    """
+
+    points: int = 5
+    jitter: float = 0.01
+    mirror: float = 0.5
+    rotation: float = 60.0
+    scale: tuple[float, float] = (1 / 1.2, 1 / 0.8)
+    shift: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_probabilities(self, "mirror")
+        if self.points < 2:
+            raise ValueError(f"points must be at least 2, got {self.points}")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be a range of positive numbers, got {self.scale}")
+
+    def draw(self, batch: int, side: int, generator: torch.Generator) -> Warp:
+        """Draw one warp for each of ``batch`` square images of ``side`` px, on the generator's device."""
+        device, uniform = generator.device, _uniform(generator)
+        zoom = uniform(*self.scale, batch, 1).expand(-1, 2)
+        flip = torch.ones(batch, 2, device=device)
+        flip[:, 0] -= 2 * (uniform(0, 1, batch) < self.mirror).float()
+        angle = uniform(-self.rotation, self.rotation, batch)
+        zero = torch.zeros(batch, 2, device=device)
+        matrix = get_affine_matrix2d(zero, zero, zoom * flip, angle)[:, :2]  # about the centre
+        matrix = torch.cat([matrix[:, :, :2], uniform(-self.shift, self.shift, batch, 2, 1)], dim=2)
+        grid = F.affine_grid(matrix, [batch, 1, side, side], align_corners=False)
+        moves = uniform(-self.jitter, self.jitter, batch, self.points**2, 2)
+        bend = _thin_plate_basis(side, self.points, device) @ moves  # (B, H * W, 2)
+        return Warp(grid + bend.view(batch, side, side, 2))
+
+
+@functools.cache
+def _thin_plate_basis(side: int, points: int, device: torch.device) -> Tensor:
+    """(side * side, points ** 2): how far each pixel follows each control point of a thin-plate spline.
+
+    A spline is linear in where its points go, so one matrix makes every warp. The points span [-1, 1].
+    """
+    control = np.stack(np.meshgrid(*[np.linspace(-1, 1, points)] * 2, indexing="xy"), axis=-1).reshape(-1, 2)
+    pixels = _identity_grid(1, side, torch.device("cpu")).reshape(-1, 2).numpy()
+    spline = RBFInterpolator(control, np.eye(len(control)), kernel="thin_plate_spline")
+    return torch.from_numpy(spline(pixels)).float().to(device)
+
+
+def _identity_grid(batch: int, side: int, device: torch.device) -> Tensor:
+    """(B, side, side, 2): where each pixel is."""
+    matrix = torch.eye(2, 3, device=device).expand(batch, -1, -1)
+    return F.affine_grid(matrix, [batch, 1, side, side], align_corners=False)
+
+
+def _uniform(generator: torch.Generator) -> Callable[..., Tensor]:
+    """``uniform(low, high, *shape)``: draws on the generator's device."""
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator, device=generator.device)
+
+    return uniform
+
+
+def _check_probabilities(settings: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name} is a probability in [0, 1], got {getattr(settings, name)}")
