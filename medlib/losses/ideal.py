@@ -239,7 +239,9 @@ def _logsumexp_in_chunks(rows: Tensor, columns: Tensor, allowed: Tensor, image: 
 
 
 @full_precision
-def cross_consistency_loss(first_logits: Tensor, second_logits: Tensor, labels: Tensor | None = None) -> Tensor:
+def cross_consistency_loss(
+    first_logits: Tensor, second_logits: Tensor, labels: Tensor | None = None, *, confidence: float = 0.0
+) -> Tensor:
     """L_SSF: two branches learn the labels, or where there are none each learns the other's decision.
 
     ``first_logits`` and ``second_logits`` (B, K, H, W) of the same pixels; ``labels`` (B, H, W) int, -1 is not looked
@@ -249,10 +251,19 @@ def cross_consistency_loss(first_logits: Tensor, second_logits: Tensor, labels: 
         unlabelled  CE(p1, y2) + CE(p2, y1),  y = argmax of the other branch, without gradient
 
     The paper draws sigmoids "thresholded to one-hot", which leaves pixels without any class; softmax and argmax do not.
+    A decision with a probability below ``confidence``, in [0, 1), is not looked at: 0, as in the paper, takes all.
     Source: IDEAL eq. 3.
     """
     check_shapes(first_logits=(first_logits, "BKHW"), second_logits=(second_logits, "BKHW"))
+    if not 0 <= confidence < 1:
+        raise ValueError(f"confidence must be in [0, 1), got {confidence}")
     if labels is not None:
         return cross_entropy_loss(first_logits, labels) + cross_entropy_loss(second_logits, labels)
-    first, second = (logits.detach().argmax(dim=1) for logits in (first_logits, second_logits))
+    first, second = (_decisions(logits.detach(), confidence) for logits in (first_logits, second_logits))
     return cross_entropy_loss(first_logits, second) + cross_entropy_loss(second_logits, first)
+
+
+def _decisions(logits: Tensor, confidence: float) -> Tensor:
+    """The likeliest class (B, H, W) of logits (B, K, H, W), -1 where its probability is below ``confidence``."""
+    probability, decision = logits.softmax(dim=1).max(dim=1)
+    return decision.masked_fill(probability < confidence, -1)

@@ -21,6 +21,7 @@ from medlib.losses.ideal import (
 )
 from medlib.losses.segmentation import cross_entropy_loss
 from medlib.methods.base import Method, Stage, Streams, Work, register
+from medlib.methods.cotraining import ramp_up
 from medlib.methods.pretraining import TwoViews, cosine_schedule, stage_length
 from medlib.methods.semisupervised import LabelledAndUnlabelled, branch_probabilities, branched_of, mean_of_branches
 from medlib.nets import DenseProjectionHead, ProjectionHead, branched_resnet, branched_unet
@@ -182,12 +183,16 @@ class CrossConsistencyFinetuning(Stage):
     Attributes:
         batch_size: labelled slices a step, and as many unlabelled ones.
         consistency_weight: of the unlabelled part of eq. 3; with 0, no unlabelled slice is drawn.
+        ramp_steps: steps in which that weight grows as exp(-5 (1 - t/T)^2); 0: all of it from the first step.
+        confidence: least probability of a pseudo-label that counts.
     """
 
     batch_size: int
     learning_rate: float
     weight_decay: float
     consistency_weight: float
+    ramp_steps: int
+    confidence: float
     augmentation: GeometricAugmentation
 
     def begin(self, networks: nn.ModuleDict, data: TrainingData, streams: Streams) -> Work:
@@ -195,12 +200,15 @@ class CrossConsistencyFinetuning(Stage):
 
 
 class _CrossConsistency(LabelledAndUnlabelled):
+    done: Tensor
+
     def __init__(
         self, stage: CrossConsistencyFinetuning, networks: nn.ModuleDict, data: TrainingData, streams: Streams
     ):
         unet = branched_of(networks)
         super().__init__(stage, data, streams, unlabelled=stage.consistency_weight > 0 and len(unet.decoders) == 2)
         self.unet = unet
+        self.register_buffer("done", torch.zeros((), dtype=torch.long))  # steps taken
         self.optimizer = torch.optim.Adam(unet.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay)
         self.schedule = cosine_schedule(self.optimizer, stage.steps)
 
@@ -216,9 +224,14 @@ class _CrossConsistency(LabelledAndUnlabelled):
         if unlabelled is None:
             return {"total": supervised, "cross_entropy": supervised}
         first, second = (logits[len(images) :] for logits in branches)
-        consistency = cross_consistency_loss(first, second)
-        total = supervised + self.stage.consistency_weight * consistency
-        return {"total": total, "cross_entropy": supervised, "consistency": consistency}
+        consistency = cross_consistency_loss(first, second, confidence=self.stage.confidence)
+        weight = self.stage.consistency_weight * (
+            ramp_up(self.done, self.stage.ramp_steps) if self.stage.ramp_steps else 1
+        )
+        return {"total": supervised + weight * consistency, "cross_entropy": supervised, "consistency": consistency}
+
+    def after_step(self) -> None:
+        self.done += 1
 
 
 @register("ideal", title="IDEAL")
@@ -256,7 +269,10 @@ class Ideal(Method):
             training and validation images, and keeps the test set for the end.
         decoders: 2, transposed convolution and bilinear interpolation (section 2.3), or 1, the first of them, which has
             nobody to be consistent with.
-        consistency_weight: of eq. 3's unlabelled part; the paper adds it with weight 1, without ramp or threshold.
+        consistency_weight: of eq. 3's unlabelled part; the paper adds it with weight 1.
+        ramp_steps: fine-tuning steps in which that weight grows as exp(-5 (1 - t/T)^2) (Laine and Aila, ICLR 2017). 0,
+            as in the paper, is no ramp: two untrained decoders then teach each other from the first step.
+        confidence: least probability of a pseudo-label that counts, in [0, 1); 0, as in the paper, is no threshold.
         finetune_steps, finetune_batch: 10,000 and 20, those of Chaitanya et al., half of the batch labelled and half
             not: ``finetune_batch`` counts the labelled half.
     """
@@ -285,6 +301,8 @@ class Ideal(Method):
 
     decoders: int = 2
     consistency_weight: float = 1.0
+    ramp_steps: int = 0
+    confidence: float = 0.0
     finetune_epochs: int = 100
     finetune_steps: int | None = 10_000
     finetune_batch: int = 10
@@ -329,11 +347,12 @@ class Ideal(Method):
         for name in ("temperature", "pretrain_learning_rate", "finetune_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("queue", "global_weight", "warmup_steps", "consistency_weight", "weight_decay"):
+        for name in ("queue", "global_weight", "warmup_steps", "consistency_weight", "ramp_steps", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        for name in ("ema", "confidence"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.warmup_steps and not self.global_weight:
             raise ValueError("warmup_steps trains the global term alone: give it a global_weight above 0")
 
@@ -361,6 +380,8 @@ class Ideal(Method):
             learning_rate=self.finetune_learning_rate,
             weight_decay=self.weight_decay,
             consistency_weight=self.consistency_weight,
+            ramp_steps=self.ramp_steps,
+            confidence=self.confidence,
             augmentation=self.augmentation,
         )
         if not self.pretraining:

@@ -134,6 +134,24 @@ def test_geometric_correspondence_golden():
     assert geometric_correspondence(plain + 0.3, plain + 0.3).tolist() == [[0, 1, 2, NO_MATCH]]  # 1.05 is outside
 
 
+def test_a_pseudo_label_below_the_confidence_is_not_looked_at():
+    first = torch.tensor([[0.9, 0.1], [0.6, 0.4]], dtype=torch.float64).log().T.reshape(1, 2, 1, 2)
+    second = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=torch.float64).log().T.reshape(1, 2, 1, 2)
+    all_four = (-math.log(0.8) - math.log(0.3) - math.log(0.9) - math.log(0.4)) / 2
+    expected = {0.0: all_four, 0.65: -math.log(0.8) + (-math.log(0.9) - math.log(0.4)) / 2, 0.95: 0.0}
+    expected[0.75] = -math.log(0.8) - math.log(0.9)
+    for confidence, value in expected.items():
+        loss = cross_consistency_loss(first, second, confidence=confidence)
+        assert loss.item() == pytest.approx(value, rel=1e-12, abs=1e-12), confidence
+    labels = torch.tensor([[[0, 1]]])
+    assert cross_consistency_loss(first, second, labels, confidence=0.95) == cross_consistency_loss(
+        first, second, labels
+    )
+    for wrong in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match="confidence must be in"):
+            cross_consistency_loss(first, second, confidence=wrong)
+
+
 def test_cross_consistency_golden():
     # One pixel, two classes: branch 1 says (3/4, 1/4), branch 2 (1/5, 4/5).
     first = torch.tensor([0.75, 0.25], dtype=torch.float64).log().view(1, 2, 1, 1)

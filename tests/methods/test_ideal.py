@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from medlib.data.batches import TrainingData
-from medlib.losses.ideal import NO_MATCH, dense_correspondence, distinct_match_fraction, local_contrastive_loss
+from medlib.losses.ideal import (
+    NO_MATCH,
+    cross_consistency_loss,
+    dense_correspondence,
+    distinct_match_fraction,
+    local_contrastive_loss,
+)
 from medlib.methods import SCALES, Streams, Work, build
 from medlib.methods.gcl import regions
 from medlib.train import Trained, make_fabric, train
@@ -18,7 +24,7 @@ from tests.tiny import SIDE, training_data
 SETTINGS = dict(scale="ci", image_size=SIDE, spacing=None, width=2, pretrain_steps=3, finetune_steps=4)
 ABLATIONS = [
     {}, dict(head="global"), dict(match="projections"), dict(match="geometric"), dict(decoders=1),
-    dict(consistency_weight=0.0), dict(pretraining=False), dict(negatives="pooled", queue=16, ema=0.99),
+    dict(consistency_weight=0.0), dict(pretraining=False), dict(ramp_steps=4, confidence=0.3), dict(negatives="pooled", queue=16, ema=0.99),
     dict(global_weight=0.5, warmup_steps=1),
 ]  # fmt: skip
 RIVALS = ("gcl_local", "self_training", "mutual_consistency")
@@ -183,6 +189,7 @@ def test_defaults_are_those_of_the_paper():
     assert ideal.pretrain_learning_rate == ideal.finetune_learning_rate == 1e-5
     assert (ideal.match, ideal.negatives, ideal.temperature) == ("features", "cells", 0.2)
     assert (ideal.queue, ideal.ema, ideal.global_weight) == (0, 0.0, 0.0)
+    assert (ideal.ramp_steps, ideal.confidence) == (0, 0.0)
 
 
 def test_laptop_shares_its_slices_and_its_encoder_with_the_other_two_stage_methods():
@@ -320,6 +327,32 @@ def test_the_two_kinds_of_slices_have_their_own_half_of_the_batch():
     slices = training_data(labelled=1).slices("cpu")
     for rows, labelled in (("labelled", True), ("unlabelled", False)):
         assert (slices.labelled[work.samplers[rows].draw()] == labelled).all()
+
+
+def test_the_consistency_ramps_up_where_it_is_asked_to():
+    for ramp_steps, heights in ((0, (1, 1, 1)), (10, (math.exp(-5), math.exp(-1.25), 1))):
+        work, _ = begin("ideal", stage=1, ramp_steps=ramp_steps, consistency_weight=0.7)
+        batch = work.draw()
+        for done, height in zip((0, 5, 12), heights, strict=True):
+            work.done.fill_(done)
+            terms = work(**batch)
+            expected = terms["cross_entropy"] + 0.7 * height * terms["consistency"]
+            torch.testing.assert_close(terms["total"], expected)
+        work.after_step()
+        assert work.done == 13
+
+
+def test_only_confident_pseudo_labels_count_where_it_is_asked_to():
+    terms = {}
+    for confidence in (0.0, 0.6):
+        work, _ = begin("ideal", stage=1, confidence=confidence)
+        batch = work.draw()
+        terms[confidence] = work(**batch)["consistency"]
+        first, second = (
+            logits[len(batch["images"]) :] for logits in work.unet(torch.cat([batch["images"], batch["unlabelled"]]))
+        )
+        torch.testing.assert_close(terms[confidence], cross_consistency_loss(first, second, confidence=confidence))
+    assert terms[0.0] != terms[0.6]
 
 
 def test_mutual_consistency_ramps_up():
