@@ -9,6 +9,17 @@ from medlib.explore.dense import (
     decoder_grid,
     neighbour_agreement,
 )
+from medlib.explore.density import (
+    Cloud,
+    ClusterScores,
+    boundary_bars,
+    boundary_distance,
+    cloud_figure,
+    cluster_scores,
+    density_explorer,
+    score_curves,
+    sparse_places,
+)
 from medlib.explore.embedding import embedding_explorer, nearest, project
 from medlib.explore.losses import loss_explorer, loss_slider
 from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation
@@ -19,14 +30,21 @@ from medlib.explore.show import Explorer, show, show_widget
 from medlib.explore.slices import slice_grid, volume_viewer
 
 __all__ = [
+    "Cloud",
+    "ClusterScores",
     "Explorer",
     "LiveCurves",
+    "boundary_bars",
+    "boundary_distance",
     "cell_classes",
     "check_page",
+    "cloud_figure",
     "cluster_grid",
+    "cluster_scores",
     "correspondence_explorer",
     "correspondence_figure",
     "decoder_grid",
+    "density_explorer",
     "direction_alignment",
     "embedding_explorer",
     "live_curves",
@@ -39,9 +57,11 @@ __all__ = [
     "project",
     "rank_correlation",
     "records_figure",
+    "score_curves",
     "show",
     "show_widget",
     "slice_grid",
+    "sparse_places",
     "training_curves",
     "volume_viewer",
 ]
