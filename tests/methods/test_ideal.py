@@ -24,7 +24,8 @@ from tests.tiny import SIDE, training_data
 SETTINGS = dict(scale="ci", image_size=SIDE, spacing=None, width=2, pretrain_steps=3, finetune_steps=4)
 ABLATIONS = [
     {}, dict(head="global"), dict(match="projections"), dict(match="geometric"), dict(decoders=1),
-    dict(consistency_weight=0.0), dict(pretraining=False), dict(ramp_steps=4, confidence=0.3), dict(negatives="pooled", queue=16, ema=0.99),
+    dict(consistency_weight=0.0), dict(pretraining=False),
+    dict(ramp_steps=4, confidence=0.3), dict(negatives="pooled", queue=16, ema=0.99),
     dict(global_weight=0.5, warmup_steps=1),
 ]  # fmt: skip
 RIVALS = ("gcl_local", "self_training", "mutual_consistency")
