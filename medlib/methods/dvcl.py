@@ -189,7 +189,7 @@ class Dvcl(Cotrained):
     Attributes:
         patch: 64 x 128 x 128 (G).
         steps, batch_size: 20,000 and 4 + 4 patches (G).
-        learning_rate: 0.01, as all methods here; G has 0.1.
+        learning_rate: 0.1 (G); it also serves the few hundred steps of a laptop.
         ramp_steps: of lambda_u; the ramp of G ends at 30,000, beyond the last step, and moves every 150 steps.
         consistency_weight: lambda_u (P).
         on_labelled: CPS on the labelled images too; eq. 2 has the unlabelled ones alone, G both.
@@ -236,6 +236,7 @@ class Dvcl(Cotrained):
     patch: tuple[int, int, int] | None = (64, 128, 128)
     steps: int = 20_000
     batch_size: int = 8
+    learning_rate: float = 0.1
     ramp_steps: int | None = 30_000
     consistency_weight: float = 0.1
     on_labelled: bool = False
@@ -596,7 +597,7 @@ class U2pl(Taught):
     CutMix of its code, as no method of this floor has strong augmentation; a ramp stands for its epoch of labels alone.
 
     Attributes:
-        patch: as `Dvcl` has it.
+        patch, steps, batch_size, learning_rate: as `Dvcl` has them.
         consistency_weight: of the teacher's certain decisions, eta, 1 in its code.
         drop: the share of voxels, by the teacher's entropy, that are uncertain at the start, 0.2; falls to 0 linearly.
         contrastive_weight: lambda_c, 0.1 in its code.
@@ -614,6 +615,7 @@ class U2pl(Taught):
     patch: tuple[int, int, int] | None = (64, 128, 128)
     steps: int = 20_000
     batch_size: int = 8
+    learning_rate: float = 0.1
     consistency_weight: float = 1.0
     drop: float = 0.2
     contrastive_weight: float = 0.1
