@@ -138,9 +138,7 @@ class TwoBranches(Cotrained):
                 raise ValueError(f"{name} must be weak or strong, got {getattr(self, name)!r}")
         check_whole(self, "pretrain_steps", "projection_dim", "queue", "neighbors", "local_grid")
         check_whole(self, "window", "window_cells", lowest=2)
-        check_whole(
-            self, "batch_size", lowest=4
-        )  # batch norm in the heads needs two images, also where all are labelled
+        check_whole(self, "batch_size", lowest=4)  # batch norm in the heads needs two images, were all labelled
         check_range(self, "student_temperature", "teacher_temperature", "temperature", lowest=0, open_ended=True)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
