@@ -149,9 +149,9 @@ def command_sweep(options: argparse.Namespace) -> int:
 
 
 def read_value(text: str) -> object:
-    """A number, True, False or None as Python reads it; anything else is a text."""
+    """A number, True, False or None as Python reads it (true and false, too); anything else is a text, also "none"."""
     try:
-        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError):
         return text
 

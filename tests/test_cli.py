@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from medlib import paths, runner
-from medlib.__main__ import main
+from medlib.__main__ import main, read_value
 
 PARAMETERS = """ratio = 0.1  # labelled share
 scale = "ci"  # how long
@@ -226,3 +226,8 @@ def test_phantoms_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_help_needs_no_torch() -> None:
     code = "import sys; from medlib.__main__ import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=paths.PROJECT).returncode == 0
+
+
+def test_settings_are_read_as_python_reads_them_and_none_is_a_choice():
+    read = {text: read_value(text) for text in ("0.1", "3", "true", "False", "None", "none", "(8, 16)", "dense")}
+    assert list(read.values()) == [0.1, 3, True, False, None, "none", (8, 16), "dense"]
