@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from kornia.filters import gaussian_blur2d
+from kornia.filters import filter2d_separable, gaussian_blur2d, get_gaussian_kernel1d
 from kornia.geometry.transform import get_affine_matrix2d
 from scipy.interpolate import RBFInterpolator
 from torch import Tensor
@@ -168,9 +168,8 @@ class PhotometricAugmentation:
         brightness = uniform(-self.brightness, self.brightness, *each)
         contrast = uniform(1 - self.contrast, 1 + self.contrast, *each)
         changed = torch.where(uniform(0, 1, *each) < self.probability, images * contrast + brightness, images)
-        sigma = uniform(*self.blur, len(images), 1).expand(-1, 2)
-        width = 2 * int(3 * self.blur[1]) + 1
-        blurred = gaussian_blur2d(changed, (width, width), sigma.to(images.dtype), border_type="replicate")
+        sigma = uniform(*self.blur, len(images), 1).to(images.dtype)
+        blurred = _blur(changed, sigma, width=2 * int(3 * self.blur[1]) + 1)
         return torch.where(uniform(0, 1, *each) < self.probability, blurred, changed)
 
 
@@ -205,7 +204,7 @@ class DiffeomorphicAugmentation:
         device = generator.device
         chosen = torch.rand(batch, 1, 1, 1, generator=generator, device=device) < self.probability
         noise = torch.randn(batch, 2, self.cells, self.cells, generator=generator, device=device)
-        velocity = gaussian_blur2d(noise, (7, 7), (1.0, 1.0), border_type="replicate")
+        velocity = _blur(noise, torch.ones_like(noise[:, :1, 0, 0]), width=7)
         velocity = velocity / velocity.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
         velocity = F.interpolate(velocity, size=(side, side), mode="bilinear", align_corners=False)
         identity = _identity_grid(batch, side, device)
@@ -309,6 +308,15 @@ def _thin_plate_basis(side: int, points: int, device: torch.device) -> Tensor:
     pixels = _identity_grid(1, side, torch.device("cpu")).reshape(-1, 2).numpy()
     spline = RBFInterpolator(control, np.eye(len(control)), kernel="thin_plate_spline")
     return torch.from_numpy(spline(pixels)).float().to(device)
+
+
+def _blur(maps: Tensor, sigma: Tensor, width: int) -> Tensor:
+    """Gaussian blur of (B, C, H, W), ``sigma`` (B, 1) cells and ``width`` cells wide; the border is repeated.
+
+    The two halves of kornia's ``gaussian_blur2d``, which between them looks at sigma and waits for the device.
+    """
+    kernel = get_gaussian_kernel1d(width, sigma)
+    return filter2d_separable(maps, kernel, kernel, border_type="replicate")
 
 
 def _identity_grid(batch: int, side: int, device: torch.device) -> Tensor:

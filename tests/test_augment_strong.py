@@ -17,6 +17,7 @@ from medlib.augment import (
     _thin_plate_basis,
 )
 from medlib.rng import generator
+from tests.methods.test_cotraining import NoWaiting
 
 SIDE = 64
 EVERY = {
@@ -48,6 +49,14 @@ def test_same_stream_same_draw_and_global_state_untouched(name):
     assert torch.equal(EVERY[name](stream(5)), EVERY[name](stream(5)))
     assert not torch.equal(EVERY[name](stream(5)), EVERY[name](stream(6)))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_no_draw_waits_for_the_device(name):
+    source = stream()
+    EVERY[name](source)  # what is computed once
+    with NoWaiting():
+        EVERY[name](source)
 
 
 # --- CutMix ----------------------------------------------------------------------------------------------------------
