@@ -1,5 +1,16 @@
 """Figures and widgets, each with a static twin; see the functions for what to pass and what to try."""
 
+from medlib.explore.anatomy import (
+    Draw,
+    affine_warp,
+    anchor_explorer,
+    long_tail_bars,
+    neighbour_explorer,
+    relation_explorer,
+    relation_figure,
+    relation_plane,
+    warp_explorer,
+)
 from medlib.explore.curves import LiveCurves, live_curves, training_curves
 from medlib.explore.dense import (
     cell_classes,
@@ -32,8 +43,11 @@ from medlib.explore.slices import slice_grid, volume_viewer
 __all__ = [
     "Cloud",
     "ClusterScores",
+    "Draw",
     "Explorer",
     "LiveCurves",
+    "affine_warp",
+    "anchor_explorer",
     "boundary_bars",
     "boundary_distance",
     "cell_classes",
@@ -48,15 +62,20 @@ __all__ = [
     "direction_alignment",
     "embedding_explorer",
     "live_curves",
+    "long_tail_bars",
     "loss_explorer",
     "loss_slider",
     "nearest",
     "neighbour_agreement",
+    "neighbour_explorer",
     "plane_figure",
     "position_probe_error",
     "project",
     "rank_correlation",
     "records_figure",
+    "relation_explorer",
+    "relation_figure",
+    "relation_plane",
     "score_curves",
     "show",
     "show_widget",
@@ -64,4 +83,5 @@ __all__ = [
     "sparse_places",
     "training_curves",
     "volume_viewer",
+    "warp_explorer",
 ]
