@@ -414,6 +414,7 @@ def test_a_class_nobody_predicts_is_left_out(monkeypatch):
     hqcl = designed()["hqcl"]
     values = torch.stack([value for _, _, value in designed.calls(high_quality_contrastive_loss)])
     torch.testing.assert_close(hqcl, values[:3].mean())
+    assert designed.work.anchor_banks[0].pushed.tolist() == [16, 16, 16, 0]
     designed.work.zero_grad()
     hqcl.backward()
     assert all(logits.grad is None for logits in designed.logits)  # features alone
@@ -454,11 +455,13 @@ def check_neighborhoods(candidates: Tensor, given: tuple[Any, ...], method: Any)
     torch.testing.assert_close(affinity, expected)
     inlier = inlier_queries_by_definition(candidates, queries, near, method.wide)
     assert torch.equal(keep, inlier if method.qds else torch.ones_like(inlier))
+    if method.wide == 1:
+        assert keep.any() and not keep.all()
 
 
 DVCL = [
     {}, dict(affinity="equal", qds=False), dict(affinity="snclr"), dict(qds=False), dict(ordinary=0.1),
-    dict(neighbors=3, outsiders=4, wide=4), dict(queue=0),
+    dict(neighbors=1, outsiders=4, wide=1), dict(affinity="equal"), dict(queue=0),
 ]  # fmt: skip
 
 
