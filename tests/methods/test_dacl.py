@@ -288,6 +288,8 @@ def test_the_class_of_a_pixel_is_its_label_or_a_sure_decision():
     assert torch.equal(dacl().class_ids(both, labels), torch.tensor([[[2, 2, 2]], [[0, 1, NOBODY]]]))
     assert dacl(threshold=0.4).class_ids(both, labels)[1].tolist() == [[0, 1, 2]]  # e^.5 / (e^.5 + 2) = 0.45
     assert dacl(threshold=1.0).class_ids(both, labels)[1].tolist() == [[NOBODY] * 3]
+    even = torch.zeros(1, 2, 1, 1)  # a probability of 0.5 is not above 0.5
+    assert dacl().class_ids(even, labels[:0, :, :1]).item() == NOBODY
 
 
 def test_a_coarser_map_takes_the_class_in_the_middle_of_its_cells():
@@ -580,9 +582,8 @@ def test_the_contrast_reaches_both_networks_and_heads_but_no_classifier(contrast
 
 
 def test_class_means_compare_pixels_with_the_means_of_the_batch():
-    work = begin(
-        "dacl", contrast="class_means", temperature=0.2, level=2, threshold=1.0, **WHOLE
-    ).eval()  # few cells, for the loops
+    settings = dict(level=2, threshold=1.0, **WHOLE)  # few cells, for the loops
+    work = begin("dacl", contrast="class_means", temperature=0.2, **settings).eval()
     batch = work.draw()
     expected = torch.zeros(())
     for head in range(2):
