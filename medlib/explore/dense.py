@@ -292,7 +292,7 @@ def correspondence_explorer(
 
 def _tiles(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str], title: str, foot: int) -> go.Figure:
     """Named rows of pictures (H,W,3) uint8, one column per title, with ``foot`` px of room below."""
-    left, columns = 104, len(titles)
+    left, columns = 120, len(titles)
     for name, row in rows.items():
         if len(row) != columns:
             raise ValueError(f"row {name!r} has {len(row)} pictures for {columns} titles")
