@@ -406,7 +406,7 @@ def density_explorer(
             redraw(trace, x=moved[rows, 0], y=moved[rows, 1])
         redraw(star, x=center[:1], y=center[1:])
         taken = [
-            f"{name}: {np.isin(groups[name], sparse).sum()} anchors, {np.isin(groups[name], thick).sum()} keys"
+            f"{name}: anchors {np.isin(groups[name], sparse).sum()}, keys {np.isin(groups[name], thick).sum()}"
             for name in handles
         ]
         text = f"{title} <span style='font-size:13px'> {' · '.join([f'loss {loss:.3f}', *taken])}</span>"

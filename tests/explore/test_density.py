@@ -78,10 +78,10 @@ def test_scores_ignore_length_and_tell_mixed_classes_apart():
 
 
 def test_boundary_distance_by_hand():
-    # Columns 0 0 0 1 1 in one slice, all 0 in the next.
-    maps = np.stack([np.tile([0, 0, 0, 1, 1], (3, 1)), np.zeros((3, 5), int)])
-    places = np.array([[0, 0, 0], [0, 1, 1], [0, 2, 2], [0, 1, 3], [0, 1, 4], [1, 1, 1]])
-    assert boundary_distance(maps, places).tolist() == [3, 2, 1, 1, 2, math.inf]
+    # Columns 0 0 0 1 1 in one slice, all 0 in the next, and two structures that touch in the last.
+    maps = np.stack([np.tile(row, (3, 1)) for row in ([0, 0, 0, 1, 1], [0] * 5, [1, 1, 2, 2, 2])])
+    places = np.array([[0, 0, 0], [0, 1, 1], [0, 2, 2], [0, 1, 3], [0, 1, 4], [1, 1, 1], [2, 1, 1], [2, 0, 4]])
+    assert boundary_distance(maps, places).tolist() == [3, 2, 1, 1, 2, math.inf, 1, 3]
     with pytest.raises(ValueError, match=r"places \(M,3\)"):
         boundary_distance(maps, places[:, :2])
 
@@ -164,9 +164,9 @@ def test_the_colours_are_the_librarys_density_and_the_marks_its_ends():
 def test_few_neighbours_take_a_small_group_for_the_centre():
     _, _, explorer = toy()
     figure, controls = explorer.figures["cloud"], explorer.controls
-    assert "0 keys · stray: 1 anchors, 0 keys" in figure.layout.title.text
+    assert "keys 0 · stray: anchors 1, keys 0" in figure.layout.title.text
     controls["scales"].value = (4,)
-    assert "group: 0 anchors, 8 keys" in figure.layout.title.text
+    assert "group: anchors 0, keys 8" in figure.layout.title.text
     assert figure.data[5].x[0] > 0.8  # the centre of the keys lies in the group
 
 
