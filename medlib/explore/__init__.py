@@ -39,14 +39,18 @@ from medlib.explore.report import check_page
 from medlib.explore.results import records_figure
 from medlib.explore.show import Explorer, show, show_widget
 from medlib.explore.slices import slice_grid, volume_viewer
+from medlib.explore.volumes import CT_WINDOWS, Agreement, agreement, linked_planes, neighborhood_explorer
 
 __all__ = [
+    "CT_WINDOWS",
+    "Agreement",
     "Cloud",
     "ClusterScores",
     "Draw",
     "Explorer",
     "LiveCurves",
     "affine_warp",
+    "agreement",
     "anchor_explorer",
     "boundary_bars",
     "boundary_distance",
@@ -61,11 +65,13 @@ __all__ = [
     "density_explorer",
     "direction_alignment",
     "embedding_explorer",
+    "linked_planes",
     "live_curves",
     "long_tail_bars",
     "loss_explorer",
     "loss_slider",
     "nearest",
+    "neighborhood_explorer",
     "neighbour_agreement",
     "neighbour_explorer",
     "plane_figure",

@@ -15,7 +15,8 @@ from medlib.explore.style import DISAGREEMENT, INK, TEMPLATE, WIDTH, bare_axis
 _MONTAGE_PIXELS = 112  # about as large as a slice of a montage is shown
 
 
-def _check_maps(images: np.ndarray, **maps: np.ndarray | None) -> None:
+def check_maps(images: np.ndarray, **maps: np.ndarray | None) -> None:
+    """ValueError unless images are (N,H,W) and all maps, where given, have their shape."""
     if images.ndim != 3:
         raise ValueError(f"images must be (N,H,W), got {images.shape}")
     for name, value in maps.items():
@@ -23,7 +24,8 @@ def _check_maps(images: np.ndarray, **maps: np.ndarray | None) -> None:
             raise ValueError(f"{name} must have the shape of the images, {images.shape}, got {value.shape}")
 
 
-def _check_classes(classes: Sequence[str], colours: Sequence[str], *maps: np.ndarray | None) -> None:
+def check_classes(classes: Sequence[str], colours: Sequence[str], *maps: np.ndarray | None) -> None:
+    """ValueError unless each class has a colour and each value in the maps a class."""
     if len(classes) != len(colours):
         raise ValueError(f"one colour per class: got {len(classes)} classes and {len(colours)} colours")
     highest = max((int(m.max()) for m in maps if m is not None and m.size), default=0)
@@ -31,7 +33,8 @@ def _check_classes(classes: Sequence[str], colours: Sequence[str], *maps: np.nda
         raise ValueError(f"label value {highest} has no class; classes are {list(classes)}")
 
 
-def _class_legend(figure: go.Figure, classes: Sequence[str], colours: Sequence[str], disagreement: bool) -> None:
+def class_legend(figure: go.Figure, classes: Sequence[str], colours: Sequence[str], disagreement: bool) -> None:
+    """Add the colours of the foreground classes, and that of disagreement, to the legend of ``figure``."""
     entries = list(zip(classes, colours, strict=True))[1:]
     if disagreement:
         entries.append(("label and prediction differ", DISAGREEMENT))
@@ -60,8 +63,8 @@ def slice_grid(
     all are cut to the structures and half their size around them.
     """
     images = np.asarray(images)
-    _check_maps(images, labels=labels, predictions=predictions)
-    _check_classes(classes, colours, labels, predictions)
+    check_maps(images, labels=labels, predictions=predictions)
+    check_classes(classes, colours, labels, predictions)
     limits = tuple(np.percentile(images, (1, 99)))
     given = [np.asarray(m) for m in (labels, predictions) if m is not None]
     box = pixels.focus(np.concatenate(given)) if given else (slice(None), slice(None))
@@ -108,7 +111,7 @@ def slice_grid(
             for r, row in enumerate(rows):
                 y = line * block + head + (r + 0.5) * tall
                 figure.add_annotation(x=0, xshift=-8, y=y, text=row, xanchor="right", xref="x", yref="y")
-        _class_legend(figure, classes, colours, "difference" in rows)
+        class_legend(figure, classes, colours, "difference" in rows)
     figure.update_layout(
         margin={"l": left, "r": 20, "t": top, "b": bottom},
         xaxis=bare_axis(range=[0, columns * cell], fixedrange=True),
@@ -142,8 +145,8 @@ def volume_viewer(
     ``opacity``. A click on the area profile goes to that slice. The twin is a montage of six slices.
     """
     volume = np.asarray(volume)
-    _check_maps(volume, label=label, prediction=prediction)
-    _check_classes(classes, colours, label, prediction)
+    check_maps(volume, label=label, prediction=prediction)
+    check_classes(classes, colours, label, prediction)
     depth, height, width = volume.shape
     gray = pixels.to_gray(pixels.shrink(volume.astype(np.float32), 256))
     maps = {
@@ -196,7 +199,7 @@ def volume_viewer(
             )
         )
     if maps:
-        _class_legend(figure, classes, colours, "difference" in kinds)
+        class_legend(figure, classes, colours, "difference" in kinds)
         where = {"xaxis": "x3", "yaxis": "y3"}
         for name, values in {"label": label, "prediction": prediction}.items():
             if values is None:
