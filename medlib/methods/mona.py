@@ -28,7 +28,7 @@ from medlib.losses.mona import (
     sample_queries,
 )
 from medlib.methods.base import Stage, Streams, register
-from medlib.methods.cotraining import Cotraining, CotrainingWork, check_range, check_whole
+from medlib.methods.cotraining import Cotrained, Cotraining, CotrainingWork, check_range, check_whole
 from medlib.methods.glcon import Pretraining, TwoBranches, TwoBranchWork, logits_and_maps
 from medlib.nets import UNet
 
@@ -160,8 +160,8 @@ class Mona(TwoBranches):
             window=8, window_cells=4, representation_dim=16, queries=8, keys=16, class_bank=32,
         ),
         "laptop": dict(
-            image_size=80, spacing=3.0, steps=600, pretrain_steps=400, batch_size=12, projection_dim=128, window=20,
-            window_cells=4, representation_dim=128,
+            **Cotrained.scales["laptop"], pretrain_steps=400, projection_dim=128, queue=40, window=20, window_cells=4,
+            representation_dim=128,
         ),
         "paper": {},
     }  # fmt: skip
