@@ -33,9 +33,15 @@ _SHADE = [[0, CARD], [1, SERIES[0]]]
 _BEND = 0.1  # range of the control points' moves at bend 1, in parts of half the side; MONA's code has 0.01
 _SURE = 1.0  # nats of divergence per pixel that are drawn in full colour
 _MOST_SLICES = 6
+_LINE = 17  # px of a line of small text
 _REACH = 3.0  # of the plane of class means, to each side
 
 Predict = Callable[[Tensor], Tensor]
+
+
+def _lines_of(texts: Sequence[str]) -> int:
+    """The most lines that one of the texts has."""
+    return max((text.count("<br>") + 1 for text in texts), default=0)
 
 
 class Draw(NamedTuple):
@@ -125,9 +131,9 @@ def anchor_explorer(
         if any(len(part) != len(classes) for part in draw):
             raise ValueError(f"draw {name!r} must have queries, hard and negatives for each of {len(classes)} classes")
     count, height, width = images.shape
-    step, line, head = width * 1.04, height * 1.04, height * 0.14
-    left = 62
+    step, line, left = width * 1.04, height * 1.04, 62
     scale = (WIDTH - left - 20) / (step * count)
+    head = _lines_of(titles or ()) * _LINE / scale + 0.02 * height
     figure = go.FigureWidget(layout={"template": TEMPLATE, "height": round(86 + 50 + (head + 2 * line) * scale)})
     limits = tuple(np.percentile(images, (1, 99)))
     for n in range(count):
@@ -138,7 +144,7 @@ def anchor_explorer(
                 sizey=height, xref="x", yref="y", sizing="stretch", layer="below",
             )  # fmt: skip
         if titles is not None:
-            figure.add_annotation(x=n * step + width / 2, y=head / 2, text=titles[n], xref="x", yref="y")
+            figure.add_annotation(x=n * step + width / 2, y=head, text=titles[n], yanchor="bottom", xref="x", yref="y")
     for row, text in enumerate(("classes", "drawn")):
         y = head + row * line + height / 2
         figure.add_annotation(x=0, xshift=-8, y=y, text=text, xanchor="right", xref="x", yref="y")
@@ -236,6 +242,7 @@ def relation_figure(
     )
     for column, table in enumerate(tables.values(), start=1):
         figure.add_trace(go.Heatmap(**_heat(table, classes)), row=1, col=column)
+    figure.update_annotations(font_size=13)
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False, autorange="reversed")
     figure.update_layout(
@@ -295,8 +302,8 @@ def relation_plane(
     for c in range(len(moved)):
         frame.add_trace(
             go.Scatter(
-                mode="lines+markers+text", showlegend=False, hoverinfo="skip", text=["", classes[c]],
-                textposition="top center", line={"color": palette[c], "width": 4}, textfont={"color": INK},
+                mode="lines+markers+text", showlegend=False, hoverinfo="skip", text=["", f" {classes[c]} "],
+                line={"color": palette[c], "width": 4}, textfont={"color": INK},
                 marker={"size": [0, 15], "color": palette[c], "line": {"color": INK, "width": 1}},
             ),
             row=1, col=1,
@@ -330,7 +337,8 @@ def relation_plane(
         turn, c = np.radians(controls["angle"].value), list(classes).index(controls["class"].value)
         moved[c] = controls["length"].value * np.array([np.cos(turn), np.sin(turn)])
         for trace, (x, y) in zip(figure.data, moved, strict=False):
-            redraw(trace, x=[0, round(x, 4)], y=[0, round(y, 4)])
+            side = "middle left" if x < 0 else "middle right"
+            redraw(trace, x=[0, round(x, 4)], y=[0, round(y, 4)], textposition=side)
         redraw(figure.data[-1], z=class_relation_distribution(torch.from_numpy(moved)).numpy().round(4))
 
     def choose(change: object = None) -> None:
@@ -465,7 +473,7 @@ def warp_explorer(
         ]  # fmt: skip
         differ = (first.argmax(dim=1) != second.argmax(dim=1))[inside].float().mean().item() if inside.any() else 0.0
         which = f", {name}" if "shown" in controls else ""
-        said = f"eq. 6: {loss:.4f} nats a pixel; {100 * differ:.1f} % of the pixels get another class"
+        said = f"eq. 6: {loss:.3g} nats a pixel; {100 * differ:.1f} % of the pixels get another class"
         with figure.batch_update():
             for place, picture in zip(figure.layout.images, pictures, strict=True):
                 place.source = pixels.data_uri(picture)
@@ -514,9 +522,9 @@ def neighbour_explorer(
     for name, texts, wanted in (("captions", captions, len(images)), ("bank_captions", bank_captions, len(bank))):
         if texts is not None and len(texts) != wanted:
             raise ValueError(f"{name} must be {wanted} texts, got {len(texts)}")
-    columns, left = first.shape[1] + 1, 96
+    columns, left = first.shape[1] + 1, 116
     cell = min(118.0, (WIDTH - left - 20) / (columns + 0.25))
-    foot = 34
+    foot = 8 + _LINE * (1 + max(_lines_of(captions or ()), _lines_of(bank_captions or ())))
     limits = tuple(np.percentile(np.concatenate([images, bank]), (1, 99)))
     pictures = [pixels.data_uri(pixels.blend(pixels.to_gray(pixels.shrink(one, 128), limits))) for one in bank]
     queries = [pixels.data_uri(pixels.blend(pixels.to_gray(pixels.shrink(one, 128), limits))) for one in images]

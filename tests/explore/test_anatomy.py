@@ -71,7 +71,8 @@ def test_marks_lie_on_the_slice_their_pixel_is_of():
     explorer = anchor_explorer(SLICES[:2], labels, draws, CLASSES, COLOURS, titles=["a", "b"], title="Draws")
     figure = explorer.figures["slices"]
     assert explorer.controls["class"].value == "LV" and explorer.controls["shown"].value == "tailness"  # the rarest
-    step, top = 16 * 1.04, 16 * 0.14 + 16 * 1.04
+    step, top = 16 * 1.04, figure.layout.images[1].y  # of the slice below the first
+    assert top == pytest.approx(figure.layout.images[0].y + step)
     hard, easy, crosses = (by_name(figure, name) for name in ("hard queries", "easy queries", "negatives"))
     assert hard.x == pytest.approx((step + 3.5,)) and hard.y == pytest.approx((top + 2.5,)) and len(easy.x) == 1
     assert hard.marker.color == COLOURS[2]
@@ -82,6 +83,15 @@ def test_marks_lie_on_the_slice_their_pixel_is_of():
     assert "LV: 2 queries, 50 % of them hard; 4 negatives: 75 % MYO, 25 % background" in said and "tailness" in said
     assert len(figure.layout.images) == 4 and {"a", "b"} <= {note.text for note in figure.layout.annotations}
     assert len(explorer.twin.data[0].x) == 4
+
+
+def test_titles_of_two_lines_have_room():
+    labels, draws = toy_draws()
+    none, one, two = (
+        anchor_explorer(SLICES[:2], labels, draws, CLASSES, COLOURS, titles=titles).twin.layout
+        for titles in (None, ["a", "b"], ["a", "b<br>position 0.5"])
+    )
+    assert none.height < one.height < two.height and none.images[0].y < one.images[0].y < two.images[0].y
 
 
 def test_class_and_draw_are_controls():
@@ -145,6 +155,7 @@ def test_turning_and_stretching_a_mean_changes_the_relation():
     controls["angle"].value = 180
     means[0] = -2, 0
     assert np.array(figure.data[-1].z) == pytest.approx(wanted(), abs=1e-4)
+    assert figure.data[0].textposition == "middle left" and figure.data[2].textposition == "middle right"
     points = type("Points", (), {"point_inds": [1]})()
     figure.data[1]._click_callbacks[0](figure.data[1], points, None)
     assert controls["class"].value == "MYO" and controls["length"].value == 1
