@@ -337,7 +337,8 @@ def relation_plane(
         turn, c = np.radians(controls["angle"].value), list(classes).index(controls["class"].value)
         moved[c] = controls["length"].value * np.array([np.cos(turn), np.sin(turn)])
         for trace, (x, y) in zip(figure.data, moved, strict=False):
-            side = "middle left" if x < 0 else "middle right"
+            upright, ahead = abs(x) < abs(y) / 2, (y > 0 if abs(x) < abs(y) / 2 else x > 0)
+            side = ("top center" if ahead else "bottom center") if upright else f"middle {'right' if ahead else 'left'}"
             redraw(trace, x=[0, round(x, 4)], y=[0, round(y, 4)], textposition=side)
         redraw(figure.data[-1], z=class_relation_distribution(torch.from_numpy(moved)).numpy().round(4))
 

@@ -155,7 +155,7 @@ def test_turning_and_stretching_a_mean_changes_the_relation():
     controls["angle"].value = 180
     means[0] = -2, 0
     assert np.array(figure.data[-1].z) == pytest.approx(wanted(), abs=1e-4)
-    assert figure.data[0].textposition == "middle left" and figure.data[2].textposition == "middle right"
+    assert [trace.textposition for trace in figure.data[:3]] == ["middle left", "top center", "middle right"]
     points = type("Points", (), {"point_inds": [1]})()
     figure.data[1]._click_callbacks[0](figure.data[1], points, None)
     assert controls["class"].value == "MYO" and controls["length"].value == 1
