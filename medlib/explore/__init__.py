@@ -39,7 +39,14 @@ from medlib.explore.report import check_page
 from medlib.explore.results import records_figure
 from medlib.explore.show import Explorer, show, show_widget
 from medlib.explore.slices import slice_grid, volume_viewer
-from medlib.explore.volumes import CT_WINDOWS, Agreement, agreement, linked_planes, neighborhood_explorer
+from medlib.explore.volumes import (
+    CT_WINDOWS,
+    Agreement,
+    agreement,
+    linked_planes,
+    neighborhood_explorer,
+    step_panels,
+)
 
 __all__ = [
     "CT_WINDOWS",
@@ -87,6 +94,7 @@ __all__ = [
     "show_widget",
     "slice_grid",
     "sparse_places",
+    "step_panels",
     "training_curves",
     "volume_viewer",
     "warp_explorer",

@@ -1,20 +1,21 @@
 """A volume in three linked planes with what a network makes of it, and the neighbours that a voxel has in it."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import ipywidgets
 import numpy as np
 import plotly.graph_objects as go
-import torch
 from plotly.colors import sequential
-from torch import Tensor
+from plotly.subplots import make_subplots
 
 from medlib.explore import pixels
 from medlib.explore.embedding import PROJECTIONS, project
 from medlib.explore.show import Explorer, hint, redraw, stack
 from medlib.explore.slices import check_classes, check_maps, class_legend
-from medlib.explore.style import CARD, DISAGREEMENT, INK, MUTED, SERIES, TEMPLATE, WIDTH, bare_axis
+from medlib.explore.style import CARD, DISAGREEMENT, INK, MUTED, SERIES, TEMPLATE, WIDTH, bare_axis, method_colours
 from medlib.losses.dvcl import neighbor_affinity
 from medlib.methods.dvcl import Voxels
 
@@ -65,9 +66,9 @@ class Agreement(NamedTuple):
 # ---- numbers
 
 
-def _arrays(voxels: Voxels) -> Voxels:
-    """The same as NumPy arrays, which all that is drawn wants."""
-    return Voxels(*(part.detach().cpu().numpy() if isinstance(part, Tensor) else np.asarray(part) for part in voxels))
+def _arrays(voxels: Voxels) -> SimpleNamespace:
+    """The same fields as NumPy arrays, which all that is drawn wants."""
+    return SimpleNamespace(**{name: part.detach().cpu().numpy() for name, part in voxels._asdict().items()})
 
 
 def agreement(voxels: Voxels) -> Agreement:
@@ -90,6 +91,40 @@ def agreement(voxels: Voxels) -> Agreement:
         pairs=float(same.mean()),
         neighbours=float(same.all(axis=1).mean()),
         right=float((same & right[neighbours]).all(axis=1).mean()),
+    )
+
+
+def step_panels(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, title: str, y_title: str
+) -> go.Figure:
+    """Numbers over the steps of a training, one panel each and in all of them the same lines: DVCL's Figures 5 and 6.
+
+    panels: name of the panel -> name of the line -> (steps, values), values from 0. All panels have one scale.
+    """
+    if not panels:
+        raise ValueError("panels is empty: there is nothing to draw")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colours = method_colours(names)
+    figure = make_subplots(1, len(panels), column_titles=list(panels), shared_yaxes=True, horizontal_spacing=0.03)
+    figure.update_annotations(font={"size": 13, "color": INK})
+    drawn: set[str] = set()
+    for column, lines in enumerate(panels.values(), start=1):
+        for name, (steps, values) in lines.items():
+            figure.add_trace(
+                go.Scatter(x=list(steps), y=list(values), name=name, legendgroup=name, mode="lines+markers",
+                           line={"color": colours[name], "width": 2.2}, showlegend=name not in drawn),
+                row=1, col=column,
+            )  # fmt: skip
+            drawn.add(name)
+    figure.update_xaxes(title="step", rangemode="tozero")
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(title=y_title, col=1)
+    return figure.update_layout(
+        template=TEMPLATE,
+        title=title,
+        height=380,
+        margin={"t": _HEAD, "b": 96},
+        legend={"orientation": "h", "x": 0, "y": -0.24, "yanchor": "top"},
     )
 
 
@@ -141,7 +176,7 @@ def _board(
             middle = (row * (line + _GAP) + line / 2) / (height + foot - _GAP)
             half = tall[column] * scale / 2 / (height + foot - _GAP)
             upwards = [0, tall[column]] if plane.along == 0 else [tall[column], 0]
-            across = {"domain": [start / inner, (start + wide[column] * scale) / inner], "anchor": f"y{end}"}
+            across = {"domain": [start / inner, min(1, (start + wide[column] * scale) / inner)], "anchor": f"y{end}"}
             along = {"domain": [max(0, 1 - middle - half), min(1, 1 - middle + half)], "anchor": f"x{end}"}
             figure.update_layout({
                 f"xaxis{end}": bare_axis(range=[0, wide[column]], fixedrange=True, **across),
@@ -156,7 +191,8 @@ def _board(
                                       xref=f"x{end}", yref=f"y{end}", font={"size": 13, "color": INK})  # fmt: skip
         if len(rows) > 1:
             where = {"xref": f"x{_axis(row, 0)}", "yref": f"y{_axis(row, 0)}", "xanchor": "right", "xshift": -8}
-            figure.add_annotation(text=rows[row], x=0, y=size[1] / 2, font={"size": 13, "color": INK}, **where)
+            text = textwrap.fill(rows[row], 11).replace("\n", "<br>")
+            figure.add_annotation(text=text, x=0, y=size[1] / 2, font={"size": 13, "color": INK}, **where)
     figure.update_layout(margin={"l": left, "r": right, "t": _HEAD, "b": _GAP, "autoexpand": False})
     return figure
 
@@ -229,11 +265,10 @@ def linked_planes(
     every overlay.
     """
     volume = np.asarray(volume)
-    given = {name: None if value is None else np.asarray(value) for name, value in
-             {"label": label, "prediction": prediction, **(maps or {})}.items()}  # fmt: skip
-    check_maps(volume, **given)
-    masks = {name: given[name] for name in ("label", "prediction") if given[name] is not None}
+    named = {"label": label, "prediction": prediction}
+    masks = {name: np.asarray(value) for name, value in named.items() if value is not None}
     heat = {name: np.asarray(value) for name, value in (maps or {}).items()}
+    check_maps(volume, **masks, **heat)
     check_classes(classes, colours, *masks.values())
     mm = spacing or (1.0, 1.0, 1.0)
     size = [n * side for n, side in zip(volume.shape, mm, strict=True)]
@@ -251,7 +286,8 @@ def linked_planes(
         if kind in heat:
             layer = _heat(_cut(heat[kind].astype(np.float32), plane, place), highest[kind])
         elif kind == "difference":
-            layer = pixels.disagreement_overlay(*(_cut(mask, plane, place) for mask in masks.values()), colours)
+            truth, guess = (_cut(mask, plane, place) for mask in masks.values())
+            layer = pixels.disagreement_overlay(truth, guess, colours)
         else:
             layer = pixels.label_overlay(_cut(masks[kind], plane, place), colours)
         layer[..., 3] = (layer[..., 3] * opacity).astype(np.uint8)
@@ -329,9 +365,7 @@ def linked_planes(
             name = "coloraxis" + str(row + 1) * (row > 0)
             twin.add_trace(go.Scatter(x=[None], y=[None], mode="markers", showlegend=False,
                                       marker={"color": [0], "coloraxis": name}))  # fmt: skip
-            twin.update_layout(
-                {name: _bar(kind, highest[kind], y=(low + high) / 2, len=high - low, lenmode="fraction")}
-            )
+            twin.update_layout({name: _bar("", highest[kind], y=(low + high) / 2, len=high - low, lenmode="fraction")})
     boxes = [ipywidgets.HBox([controls[name] for name in names])
              for names in (("slice", "row", "column"), ("overlay", "opacity", "window"))]  # fmt: skip
     controls["readout"] = readout
@@ -416,8 +450,7 @@ def neighborhood_explorer(
     at_mm = (found.places[:, 1:] + 0.5) * np.array(mm)  # (P,3)
     limits = tuple(np.percentile(images, (1, 99)))
     pool = len(found.features) // 2  # `Dvcl.voxels` has as many unreliable voxels as reliable ones, those first
-    rows = [torch.as_tensor(part) for part in (found.features[:pool], found.queries, found.neighbors)]
-    mutual = neighbor_affinity(*rows, ordinary=0.0).numpy() == 1
+    mutual = neighbor_affinity(voxels.features[:pool], voxels.queries, voxels.neighbors, ordinary=0).cpu().numpy() == 1
     tints = [MUTED if value <= 0 else colours[value] for value in found.classes.tolist()]
     planes: dict[str, np.ndarray] = {}
 
@@ -549,7 +582,7 @@ def neighborhood_explorer(
     return Explorer(stack(hint(tip), line, figure, readout), twin, alt, controls, {"neighbours": figure})
 
 
-def _verdict(found: Voxels, number: int, mutual: np.ndarray, classes: Sequence[str]) -> str:
+def _verdict(found: SimpleNamespace, number: int, mutual: np.ndarray, classes: Sequence[str]) -> str:
     """What is known of one query and its partners, as HTML."""
     row = int(found.queries[number])
     near, far = found.neighbors[number], found.outsiders[number]

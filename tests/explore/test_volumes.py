@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from medlib.explore import CT_WINDOWS, Agreement, agreement, linked_planes, neighborhood_explorer, pixels
+from medlib.explore import (
+    CT_WINDOWS,
+    Agreement,
+    agreement,
+    linked_planes,
+    neighborhood_explorer,
+    pixels,
+    step_panels,
+)
 from medlib.explore.style import DISAGREEMENT
 from medlib.explore.volumes import HEAT, PLANES, _cut, _heat
 from medlib.methods import build
@@ -69,6 +77,17 @@ def test_agreement_by_hand():
     assert all(math.isnan(value) for value in agreement(nobody))
     with pytest.raises(ValueError, match="no voxel has a known class"):
         agreement(found._replace(classes=torch.full((5,), -1)))
+
+
+def test_lines_keep_their_colour_and_have_one_entry_in_the_legend():
+    figure = step_panels({"a": {"CPS": ([0, 5], [0.1, 0.2])}, "b": {"CPS": ([0], [0.3]), "DVCL": ([5], [0.4])}},
+                         title="t", y_title="share")  # fmt: skip
+    assert [(t.name, list(t.x), list(t.y), t.xaxis) for t in figure.data] == [
+        ("CPS", [0, 5], [0.1, 0.2], "x"), ("CPS", [0], [0.3], "x2"), ("DVCL", [5], [0.4], "x2")]  # fmt: skip
+    assert [t.showlegend for t in figure.data] == [True, False, True]
+    assert figure.data[0].line.color == figure.data[1].line.color != figure.data[2].line.color
+    with pytest.raises(ValueError, match="panels is empty"):
+        step_panels({}, title="t", y_title="y")
 
 
 def test_a_map_is_clear_at_zero_and_ends_in_its_last_colour():
@@ -151,7 +170,7 @@ def test_the_twin_shows_every_overlay_and_its_own_scale():
     maps = {"entropy": np.abs(image) / 500, "probability of liver": (label == 1) * 0.9}
     twin = linked_planes(image, label, prediction, maps, SPACING, **LOOK).twin
     assert len(twin.layout.images) == 9  # the difference and two maps in three planes
-    assert {"difference", *maps} <= {note.text for note in twin.layout.annotations}
+    assert {"difference", "entropy", "probability<br>of liver"} <= {note.text for note in twin.layout.annotations}
     assert twin.layout.coloraxis2.cmax == 2 and twin.layout.coloraxis3.cmax == pytest.approx(0.9)
     assert len(twin.to_json()) < 60_000
     bare = linked_planes(image)
