@@ -163,6 +163,15 @@ def test_turning_and_stretching_a_mean_changes_the_relation():
         relation_plane(means, CLASSES[:2], COLOURS)
 
 
+def test_choosing_a_mean_that_is_longer_than_its_slider_leaves_it():
+    means = np.array([[5.0, 0], [0, 1], [0, 2]])
+    explorer = relation_plane(means, CLASSES, COLOURS)
+    explorer.controls["class"].value = "background"
+    explorer.controls["class"].value = "MYO"
+    explorer.controls["length"].value = 1.5
+    assert explorer.figures["relation"].data[0].x == (0, 5)
+
+
 # ---- the warp
 
 
@@ -224,6 +233,18 @@ def test_the_two_ways_agree_for_a_pointwise_network_and_not_for_one_that_knows_t
     controls["angle"].value = 90
     assert value() == pytest.approx(0, abs=1e-3) and "0.0 % of the pixels" in figure.layout.title.text
     assert len(explorer.twin.layout.images) == 6 and all(one.source for one in explorer.twin.layout.images)
+
+
+def test_the_last_picture_is_red_where_the_two_differ_and_dark_where_there_is_no_slice(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("medlib.explore.pixels.data_uri", lambda picture: drawn.append(picture) or "data:,")
+    explorer = warp_explorer(0 * SLICES[0], {"pointwise": equivariant, "by place": by_place}, CLASSES, COLOURS)
+    explorer.controls["angle"].value, explorer.controls["zoom"].value = 180, 1.6
+    red, green, blue = drawn[-1].astype(int).transpose(2, 0, 1)
+    assert red[0, 0] < 60 and red[8, 0] < 60  # outside
+    assert red[8, 12] > 150 > green[8, 12]  # 180 degrees turn the ramp round
+    explorer.controls["shown"].value = "pointwise"
+    assert (drawn[-1][8, 12] == drawn[-6][8, 12]).all() and drawn[-1][0, 0, 0] < 60
 
 
 def test_the_warp_refuses_what_it_cannot_show():
