@@ -237,7 +237,12 @@ def test_the_two_ways_agree_for_a_pointwise_network_and_not_for_one_that_knows_t
 
 def test_the_last_picture_is_red_where_the_two_differ_and_dark_where_there_is_no_slice(monkeypatch):
     drawn = []
-    monkeypatch.setattr("medlib.explore.pixels.data_uri", lambda picture: drawn.append(picture) or "data:,")
+
+    def remember(picture):
+        drawn.append(picture)
+        return "data:,"
+
+    monkeypatch.setattr("medlib.explore.pixels.data_uri", remember)
     explorer = warp_explorer(0 * SLICES[0], {"pointwise": equivariant, "by place": by_place}, CLASSES, COLOURS)
     explorer.controls["angle"].value, explorer.controls["zoom"].value = 180, 1.6
     red, green, blue = drawn[-1].astype(int).transpose(2, 0, 1)
