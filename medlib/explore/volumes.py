@@ -312,7 +312,7 @@ def linked_planes(
         name: ipywidgets.IntSlider(value=place, min=0, max=n - 1, description=name, layout=wide)
         for name, place, n in zip(("slice", "row", "column"), start, volume.shape, strict=True)
     }
-    first = kinds[-1] if not heat else kinds[min(3, len(kinds) - 1)]
+    first = "difference" if "difference" in kinds else next(iter([*masks, *heat, "none"]))
     controls["overlay"] = ipywidgets.Dropdown(options=kinds, value=first, description="overlay", layout=wide)
     controls["opacity"] = ipywidgets.FloatSlider(value=0.8, min=0, max=1, step=0.05, description="opacity", layout=wide)
     controls["window"] = ipywidgets.Dropdown(options=list(presets), description="window", layout=wide)

@@ -244,14 +244,25 @@ def test_a_click_chooses_the_query_next_to_it():
     unreliable = trace_of(figure, "unreliable", "4")
     unreliable._dispatch_on_click(SimpleNamespace(xs=[unreliable.x[7]], ys=[unreliable.y[7]]), None)
     assert controls["query"].value == 7
-    scan, z = voxels.places[7, :2].tolist()
-    wanted = next(q for q in range(12) if q != 7 and voxels.places[q, 0] == scan)
-    _, z, y, x = voxels.places[wanted].tolist()
-    controls["query"].value = wanted  # its own slice is shown now; a click beside it keeps it, not one in another scan
-    figure.data[0]._dispatch_on_click(SimpleNamespace(xs=[2 * x + 1.4], ys=[2 * y + 0.8]), None)
-    assert controls["query"].value == wanted
+
+
+def test_a_click_in_the_scan_stays_in_the_scan():
+    places = sampled().places.clone()
+    places[3], places[5] = torch.tensor([0, 2, 10, 10]), torch.tensor([1, 2, 10, 10])  # one place, in two scans
+    shown = explorer(sampled(places=places), query=5)
+    figure, controls = shown.figures["neighbours"], shown.controls
+    figure.data[0]._dispatch_on_click(SimpleNamespace(xs=[21.3], ys=[20.8]), None)
+    assert controls["query"].value == 5
+    controls["query"].value = 3
+    figure.data[0]._dispatch_on_click(SimpleNamespace(xs=[21.3], ys=[20.8]), None)
+    assert controls["query"].value == 3
+    there = next(q for q in range(12) if q != 3 and places[q, 0] == 0)
+    z, y, x = places[there, 1:].tolist()
+    controls["query"].value = there  # the planes go through it now: a click beside it keeps it
+    figure.data[1]._dispatch_on_click(SimpleNamespace(xs=[2 * x + 1.4], ys=[5 * z + 2.0]), None)
+    assert controls["query"].value == there
     figure.data[1]._dispatch_on_click(SimpleNamespace(xs=[], ys=[]), None)
-    assert controls["query"].value == wanted
+    assert controls["query"].value == there
 
 
 def test_outliers_are_called_so_and_menus_change_points_and_colours():
