@@ -82,7 +82,7 @@ class PseudoLabels:
 @register("mona", title="MONA")
 @dataclass(frozen=True, kw_only=True)
 class Mona(TwoBranches):
-    """Eq. 8: supervised + 0.01 contrast + 1 equivariance + 1 pseudo-labels + 1 nearest neighbours, without ramps.
+    """The total loss of section III-B: supervised + 0.01 contrast + 1 equivariance + 1 pseudo-labels + 1 nearest neighbours, without ramps.
 
     Rows of the paper's tables as settings. Table III: "Vanilla" is ``finetuning=False``, pre-training alone; the others
     set ``tailness``, ``consistency`` and ``diversity``. Table V: ``framework``, the upper half with
@@ -103,7 +103,7 @@ class Mona(TwoBranches):
         tailness: the contrastive loss of eq. 3-5; consistency: the equivariance loss of eq. 6; diversity: the
             nearest-neighbour loss.
         pseudo_labels: the unsupervised cross-entropy.
-        contrast_weight, equivariance_weight, pseudo_weight, neighbor_weight: lambda_1 to lambda_4 of eq. 8: 0.01, 1, 1
+        contrast_weight, equivariance_weight, pseudo_weight, neighbor_weight: lambda_1 to lambda_4 of it: 0.01, 1, 1
             and 1 (section IV-B).
         threshold: delta = 0.97 (section IV-B): a query of at most this probability is hard, and a pseudo-label of at
             least this one is sure.
