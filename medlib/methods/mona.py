@@ -82,7 +82,7 @@ class PseudoLabels:
 @register("mona", title="MONA")
 @dataclass(frozen=True, kw_only=True)
 class Mona(TwoBranches):
-    """The total loss of section III-B: supervised + 0.01 contrast + 1 equivariance + 1 pseudo-labels + 1 nearest neighbours, without ramps.
+    """Section III-B, without ramps: supervised + 0.01 contrast + equivariance + pseudo-labels + nearest neighbours.
 
     Rows of the paper's tables as settings. Table III: "Vanilla" is ``finetuning=False``, pre-training alone; the others
     set ``tailness``, ``consistency`` and ``diversity``. Table V: ``framework``, the upper half with
