@@ -118,11 +118,11 @@ def test_defaults_are_those_of_ssl4mis():
     assert build("ua_mt").passes == 8 and build("ict").alpha == 0.2
 
 
-def test_a_scale_changes_sizes_and_lengths_only():
+def test_a_scale_changes_sizes_lengths_and_learning_rates_only():
     for name, scale in itertools.product(EVERY, ("ci", "laptop")):
         small, paper = dataclasses.asdict(build(name, scale=scale)), dataclasses.asdict(build(name))
         changed = {field for field in paper if small[field] != paper[field]}
-        assert changed <= {"image_size", "spacing", "width", "steps", "batch_size"}, name
+        assert changed <= {"image_size", "spacing", "width", "steps", "batch_size", "learning_rate"}, name
 
 
 def test_prepared_caches_are_shared_with_the_other_methods():

@@ -263,7 +263,7 @@ def test_the_contrast_waits_then_follows_its_ramp_and_the_cross_term_does_neithe
 
 def test_the_ramp_of_the_paper_in_numbers():
     work = begin("dacl", scale="paper", spacing=None, image_size=SIDE)
-    for t, height in ((0, 0), (999, 0), (1000, 0.009338), (15_000, 0.2865048), (30_000, 1)):
+    for t, height in ((0, 0), (999, 0), (1000, 0.0093515), (15_000, 0.2865048), (30_000, 1)):
         work.done.fill_(t)
         assert work.ramp_of("contrast").item() == pytest.approx(height, rel=1e-4)
         assert work.ramp_of("cross").item() == 1
@@ -513,7 +513,7 @@ def projected(work, batch: dict[str, Tensor], head: int) -> Rows:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, dict(bank=0), dict(shared_bank=False), dict(background=True), dict(level=1), dict(threshold=0.3)],
+    [{}, dict(bank=0, level=2), dict(shared_bank=False), dict(background=True), dict(level=1), dict(threshold=0.3)],
     ids=str,
 )
 def test_the_term_of_a_step_is_that_of_the_equations(settings):
