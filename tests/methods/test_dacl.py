@@ -513,12 +513,19 @@ def projected(work, batch: dict[str, Tensor], head: int) -> Rows:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, dict(bank=0, level=2), dict(shared_bank=False), dict(background=True), dict(level=1), dict(threshold=0.3)],
+    [
+        {},
+        dict(bank=0, level=2, samples=256),
+        dict(shared_bank=False),
+        dict(background=True),
+        dict(level=1),
+        dict(threshold=0.3),
+    ],
     ids=str,
 )
 def test_the_term_of_a_step_is_that_of_the_equations(settings):
     """From images to eq. 10, with a bank that earlier steps have filled: the sum over both networks."""
-    work = begin("dacl", anchors=6, keys=8, **WHOLE, **settings)
+    work = begin("dacl", anchors=6, keys=8, **{**WHOLE, **settings})
     for _ in range(2):
         step(work)
     work.eval()  # a second pass must give what the first gave
