@@ -87,8 +87,9 @@ def peak_megabytes(run: Callable[[], object]) -> float:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    held = [event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"]
-    return max(held) / 1e6
+    held = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    before = held[0]["args"]["Total Allocated"] - held[0]["args"]["Bytes"]  # by earlier runs in this process
+    return (max(event["args"]["Total Allocated"] for event in held) - before) / 1e6
 
 
 def compare(n: int, repeat: int, slow_repeat: int, chunk: int, dim: int = DIM) -> list[dict]:
