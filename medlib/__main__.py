@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--scale", default="laptop", help="ci, laptop (default) or paper")
     sweep.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
+    sweep.add_argument("--precision", help="32-true or bf16-mixed; default: what the device prefers")
     sweep.add_argument("-s", "--setting", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     sweep.add_argument("--protocol", default="common", help="patient lists: common, or published ones")
     sweep.add_argument("--name", default="", help="tells runs with other settings apart")

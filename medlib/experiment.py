@@ -23,7 +23,7 @@ from medlib.nets import parameter_count
 from medlib.paths import DATA
 from medlib.results import RunRecord, versions
 from medlib.results.records import Part
-from medlib.train import Callback, Predict, Trained, Validate, make_fabric, predictor, train
+from medlib.train import PRECISIONS, Callback, Predict, Trained, Validate, make_fabric, precision_of, predictor, train
 
 CACHE = DATA / "cache"
 
@@ -204,6 +204,7 @@ def run(
     seed: int,
     output_dir: Path,
     device: str = "auto",
+    precision: str | None = None,
     open_test: bool = False,
     progress: bool = True,
     callback: Callback | None = None,
@@ -213,10 +214,11 @@ def run(
 
     Args:
         seed: of the training; the split is the data's.
+        device, precision: see `medlib.train.make_fabric`.
         open_test: also measure on the test patients: for the number that is reported, not for choosing.
         callback, keep: see `medlib.train.train`.
     """
-    fabric = make_fabric(device)
+    fabric = make_fabric(device, precision=precision)
     started = time.monotonic()
     trained = train(
         method,
@@ -235,6 +237,7 @@ def run(
     def measure(volumes: list[Prepared]) -> Evaluation:
         return evaluate(predict, volumes, data.info.classes, device=fabric.device)
 
+    name = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else fabric.device.type
     return Outcome(
         method=method,
         data=data,
@@ -243,6 +246,6 @@ def run(
         val=measure(data.val),
         test=measure(data.test) if open_test and data.test else None,
         predict=predict,
-        device=torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else fabric.device.type,
+        device=name if (used := precision_of(fabric)) == PRECISIONS[0] else f"{name}, {used}",
         seconds=time.monotonic() - started,
     )

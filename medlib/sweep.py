@@ -18,6 +18,7 @@ from medlib.data.splits import Split, split_cases
 from medlib.methods import Method, build
 from medlib.paths import resolve
 from medlib.results.records import SUFFIX, RunRecord, read_record
+from medlib.train import PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Sweep:
         records: folder of the records; a run that has one is not run again.
         output_dir: folder of the checkpoints, which runs share where their inputs agree.
         protocol: which patient lists, see `medlib.data.split_cases`.
+        device, precision: see `medlib.train.make_fabric`.
         open_test: also measure on the test patients.
     """
 
@@ -42,6 +44,7 @@ class Sweep:
     records: Path
     scale: str = "laptop"
     device: str = "auto"
+    precision: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     protocol: str = "common"
@@ -70,6 +73,7 @@ class Sweep:
                 seed=seed,
                 output_dir=resolve(self.output_dir),
                 device=self.device,
+                precision=self.precision,
                 open_test=self.open_test,
             )
             root = None if self._drawn else self.root
@@ -83,6 +87,8 @@ class Sweep:
             raise ValueError(f"name becomes part of file names: letters, digits and ._=+ only, got {self.name!r}")
         if resolve(self.records).exists() and not resolve(self.records).is_dir():
             raise ValueError(f"records must be a folder, {self.records} is a file")
+        if self.precision not in (None, *PRECISIONS):
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if any(seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds must be 0 or more, got {list(self.seeds)}")
 
@@ -97,6 +103,7 @@ class Sweep:
         facts = {
             "scale": record.scale != self.scale,
             "data set": (record.dataset, record.data["kind"]) != (self.dataset, "phantom" if self._drawn else "real"),
+            "precision": self.precision not in (None, record.device.partition(", ")[2] or PRECISIONS[0]),
             "patients": record.split != split,
             "test": self.open_test and record.test is None and bool(split.test),
         }
@@ -114,6 +121,7 @@ class Sweep:
         words += [word for pair in self.settings.items() for word in ("-s", *pair)]
         words += ["--name", self.name] if self.name else []
         words += ["--protocol", self.protocol] if self.protocol != "common" else []
+        words += ["--precision", self.precision] if self.precision else []
         words += ["--phantom"] if self.phantom else []
         words += ["--open-test"] if self.open_test else []
         return shlex.join(str(word) for word in words)

@@ -33,6 +33,7 @@ from medlib.rng import stream_seed
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 WINDOWS = 4  # of a volume that a 3D network sees at a time when it predicts: less than a training step holds
+PRECISIONS = ("32-true", "bf16-mixed")
 FORMAT = 1  # of checkpoints; part of every stage's key, so that old ones are never read as new
 
 Callback = Callable[[str, int, Mapping[str, Any]], None]
@@ -92,17 +93,33 @@ class Trained:
 
 
 def make_fabric(device: str = "auto", devices: int | str = 1, precision: str | None = None) -> Fabric:
-    """Fabric for ``device`` ("auto", "cpu", "cuda", "mps"); bf16 autocast on a GPU that has it, float32 elsewhere."""
+    """Fabric for ``device`` ("auto", "cpu", "cuda", "mps").
+
+    ``precision`` "32-true" or "bf16-mixed" (autocast; losses stay in float32); None: what the device prefers, bf16 on a
+    GPU that has it, float32 elsewhere.
+    """
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but PyTorch sees no GPU; use device='auto' or 'cpu'")
     if precision is None:
         on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
-        precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+        precision = _preferred("cuda" if on_gpu else "cpu")
     fabric = Fabric(accelerator=device, devices=devices, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     return fabric
+
+
+def _preferred(kind: str) -> str:
+    """The precision of a kind of device where nobody asks for another."""
+    return "bf16-mixed" if kind == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def precision_of(fabric: Fabric) -> str:
+    """One of `PRECISIONS`."""
+    return str(fabric.strategy.precision.precision)
 
 
 def train(
@@ -178,10 +195,14 @@ def predictor(method: Method, networks: nn.ModuleDict, fabric: Fabric) -> Predic
     return predict_by_windows
 
 
-def stage_key(stage: Stage, data: TrainingData, seed: int, networks: nn.ModuleDict) -> str:
-    """What identifies a stage's outcome, as 16 hexadecimal digits."""
+def stage_key(stage: Stage, data: TrainingData, seed: int, networks: nn.ModuleDict, precision: str = "") -> str:
+    """What identifies a stage's outcome, as 16 hexadecimal digits.
+
+    ``precision`` is given where it is not the one that the device prefers: what a GPU trained can be read on a laptop.
+    """
     digest = hashlib.sha256()
-    inputs = [FORMAT, stage.describe(), data.fingerprint(stage.uses_labels, stage.everything), seed]
+    inputs: list[Any] = [FORMAT, stage.describe(), data.fingerprint(stage.uses_labels, stage.everything), seed]
+    inputs += [precision] if precision else []
     digest.update(json.dumps(inputs, sort_keys=True, default=str).encode())
     for name, tensor in networks.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -209,7 +230,9 @@ class _Loop:
     keep: Collection[int]
 
     def run(self) -> StageResult:
-        key = stage_key(self.stage, self.data, self.seed, self.networks)
+        precision = precision_of(self.fabric)
+        asked = precision if precision != _preferred(self.fabric.device.type) else ""
+        key = stage_key(self.stage, self.data, self.seed, self.networks, asked)
         self.folder = self.output_dir / "stages" / f"{self.method.name}-{self.stage.name}-{key}"
         self.step, self.seconds = 0, 0.0
         self.folder.mkdir(parents=True, exist_ok=True)

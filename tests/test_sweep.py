@@ -5,6 +5,7 @@ import pytest
 from medlib.__main__ import main
 from medlib.data import write_phantoms
 from medlib.results import load_records, table
+from medlib.train import StageResult
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,24 @@ def test_a_record_of_other_settings_is_not_taken_for_the_run(root, tmp_path, cap
     assert "other settings (finetune_steps)" in capsys.readouterr().err
     for wrong in (["--name", "../up"], ["-s", "frozen", "maybe"], ["-s", "finetune_steps", "0"]):
         assert sweep(root, tmp_path, *call, *wrong) == 2
+
+
+def test_a_precision_is_recorded_and_never_mixed_with_another(root, tmp_path, capsys):
+    call = ["--methods", "supervised", "--labelled", "1", "--seeds", "0"]
+    assert sweep(root, tmp_path, *call, "--precision", "bf16-mixed", "--name", "bf16") == 0
+    assert sweep(root, tmp_path, *call) == 0
+    full, half = load_records(tmp_path / "records")
+    assert (half.device, full.device) == ("cpu, bf16-mixed", "cpu") and "--precision bf16-mixed" in half.command
+    stages = [StageResult("", "", folder, 0, 0, False) for folder in (tmp_path / "runs" / "stages").iterdir()]
+    mine, theirs = ([line["total"] for line in stage.history() if "total" in line] for stage in stages)
+    assert mine != theirs  # neither took the other's checkpoint
+    assert mine == pytest.approx(theirs, abs=0.05)
+    capsys.readouterr()
+    assert sweep(root, tmp_path, *call, "--precision", "bf16-mixed") == 2
+    assert "other settings (precision)" in capsys.readouterr().err
+    assert sweep(root, tmp_path, *call, "--precision", "32-true") == 0
+    assert sweep(root, tmp_path, *call, "--precision", "half") == 2
+    assert "precision must be one of 32-true, bf16-mixed" in capsys.readouterr().err
 
 
 def test_a_record_of_another_data_set_or_split_is_not_taken_for_the_run(root, tmp_path, capsys):

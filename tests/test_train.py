@@ -276,6 +276,8 @@ def test_an_unknown_or_absent_device_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="sees no GPU"):
             make_fabric("cuda")
+    with pytest.raises(ValueError, match="32-true, bf16-mixed"):
+        make_fabric("cpu", precision="bf16-true")
 
 
 def test_two_processes_learn_what_one_learns(tmp_path):

@@ -40,7 +40,8 @@ class RunRecord:
       hyper-parameters as run; ``scale`` "ci", "laptop" or "paper"; ``seed``
     - ``dataset``, ``data``: the data set's name and what stood in for it: ``{"kind": "real" or "phantom", "root": its
       folder's name, ...}``; ``split`` the patients of each part
-    - ``versions``, ``device``, ``command``: see `versions` and `device_name`; the command that repeats the run
+    - ``versions``, ``device``, ``command``: see `versions`; "cpu" or the GPU's name, and ", bf16-mixed" where not all
+      was float32; the command that repeats the run
     - ``seconds`` per stage, ``parameters`` the number of trainable parameters
     - ``val``, ``test``: the metrics of each case and class, or None, and then ``missing[part]`` says why
     - ``history``: the file of losses per step, relative to this record's folder, or None
