@@ -384,6 +384,15 @@ class DenseProjectionHead(nn.Module):
         return self.mlp(features)
 
 
+def pixel_head(channels: int, dim: int) -> nn.Sequential:
+    """Linear - ReLU - Linear over the last axis: rows (n, channels) of a map -> features (n, dim).
+
+    Two 1x1 convolutions that can be applied to some pixels or voxels alone: without batch norm, which would take its
+    statistics from the sample.
+    """
+    return nn.Sequential(nn.Linear(channels, dim), nn.ReLU(inplace=True), nn.Linear(dim, dim))
+
+
 def channels_last(module: nn.Module) -> nn.Module:
     """Lay out convolution weights with channels last, in place: a fifth faster here on CPUs, more on GPUs."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}

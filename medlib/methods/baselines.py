@@ -27,17 +27,25 @@ class RandomEncoder(PretrainThenFinetune):
     frozen: bool = True
 
 
-class _Partitions(SliceContrast):
+class Partitions(SliceContrast):
+    """Contrast of slices by the part of the volume that they lie in; subclasses have another ``term`` and `loss`."""
+
+    term = "partition"
+
     def __init__(self, temperature: float, partitions: int):
         super().__init__()
         self.temperature, self.partitions = temperature, partitions
+
+    def loss(self, features: Tensor, part: Tensor) -> Tensor:
+        """Of features (N, D) of both views in the parts (N,)."""
+        return partition_contrastive_loss(features, part, temperature=self.temperature)
 
     def forward(
         self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor
     ) -> dict[str, Tensor]:
         part = slice_partition(index, depth, self.partitions).repeat(2)
-        loss = partition_contrastive_loss(torch.cat([first, second]), part, temperature=self.temperature)
-        return {"total": loss, "partition": loss}
+        loss = self.loss(torch.cat([first, second]), part)
+        return {"total": loss, self.term: loss}
 
 
 def slice_partition(index: Tensor, depth: Tensor, partitions: int = 4) -> Tensor:
@@ -64,7 +72,7 @@ class PartitionContrast(PretrainThenFinetune):
         return dict(temperature=self.temperature, partitions=self.partitions)
 
     def contrast(self) -> SliceContrast:
-        return _Partitions(**self.contrast_settings())
+        return Partitions(**self.contrast_settings())
 
 
 class _Positions(SliceContrast):

@@ -275,6 +275,13 @@ def check_whole(settings: Any, *names: str, lowest: int = 1) -> None:
             raise ValueError(f"{name} must be a whole number from {lowest}, got {value!r}")
 
 
+def check_choices(settings: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """ValueError unless each of those fields is one of its choices."""
+    for name, known in choices.items():
+        if (value := getattr(settings, name)) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
 def check_range(settings: Any, *names: str, lowest: float, highest: float = math.inf, open_ended: bool = False) -> None:
     """ValueError unless those fields are finite, from ``lowest`` (above it, if ``open_ended``) to ``highest``."""
     for name in names:

@@ -26,8 +26,8 @@ from medlib.losses.dacl import (
     take_rows,
 )
 from medlib.methods.base import Streams, register
-from medlib.methods.cotraining import Cotrained, CotrainingWork, check_range, check_whole
-from medlib.nets import UNet
+from medlib.methods.cotraining import Cotrained, CotrainingWork, check_choices, check_range, check_whole
+from medlib.nets import UNet, pixel_head
 
 NOBODY = -1  # the class of a pixel whose prediction is not sure
 LEVELS = 5  # of all networks of this kind
@@ -78,14 +78,6 @@ class Roles(NamedTuple):
     anchors_valid: Tensor
     keys: Tensor
     keys_valid: Tensor
-
-
-def pixel_head(channels: int, dim: int) -> nn.Sequential:
-    """Linear - ReLU - Linear over the last axis: two 1x1 convolutions that can be applied to some pixels alone.
-
-    Without batch norm, which would take its statistics from the sample.
-    """
-    return nn.Sequential(nn.Linear(channels, dim), nn.ReLU(inplace=True), nn.Linear(dim, dim))
 
 
 @register("dacl", title="DACL")
@@ -187,9 +179,7 @@ class Dacl(Cotrained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_choices(self, CHOICES)
         check_range(self, "cross_weight", "contrast_weight", lowest=0)
         check_whole(self, "projection_dim", "samples", "bank_push", "anchors", "negatives")
         check_whole(self, "delay", "level", "bank", lowest=0)

@@ -42,10 +42,11 @@ from medlib.methods.cotraining import (
     Taught,
     TaughtWork,
     Teacher,
+    check_choices,
     check_range,
     check_whole,
 )
-from medlib.nets import UNet
+from medlib.nets import UNet, pixel_head
 
 NETWORKS = ("unet", "second")
 HEADS = ("head", "second_head")
@@ -66,11 +67,6 @@ CHOICES = {
 
 
 # ---- sampling voxels
-
-
-def feature_head(channels: int, dim: int) -> nn.Module:
-    """Linear - ReLU - Linear: rows (n, channels) of a decoder's last map -> features (n, dim)."""
-    return nn.Sequential(nn.Linear(channels, dim), nn.ReLU(inplace=True), nn.Linear(dim, dim))
 
 
 def voxels_of(maps: Tensor, places: Tensor) -> Tensor:
@@ -293,9 +289,7 @@ class Dvcl(Cotrained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_choices(self, CHOICES)
         check_whole(self, "feature_dim", "anchors", "negatives", "bank", "neighbors", "wide", "pool", "queries")
         check_whole(self, "outsiders", "negative_bank", "queue", "warmup_steps", lowest=0)
         check_range(self, "consistency_weight", "contrastive_weight", "beta", lowest=0)
@@ -331,7 +325,7 @@ class Dvcl(Cotrained):
                     nn.init.xavier_normal_(layer.weight)
         if self.hqcl or self.dvcl:
             for name in HEADS:
-                networks[name] = feature_head(self.width, self.feature_dim)
+                networks[name] = pixel_head(self.width, self.feature_dim)
         return networks
 
     def work(self, networks: nn.ModuleDict, data: TrainingData, streams: Streams) -> CotrainingWork:
@@ -658,7 +652,7 @@ class U2pl(Taught):
             raise ValueError(
                 f"low_rank={self.low_rank} leaves none of {classes} classes complementary: take it below {classes}"
             )
-        return nn.ModuleDict({"unet": self.new_unet(classes), "head": feature_head(self.width, self.feature_dim)})
+        return nn.ModuleDict({"unet": self.new_unet(classes), "head": pixel_head(self.width, self.feature_dim)})
 
     def work(self, networks: nn.ModuleDict, data: TrainingData, streams: Streams) -> CotrainingWork:
         return _U2pl(self, networks, data, streams)

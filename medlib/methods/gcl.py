@@ -11,7 +11,7 @@ from medlib.augment import GeometricAugmentation
 from medlib.data.batches import TrainingData
 from medlib.losses.gcl import global_partition_loss, region_contrastive_loss
 from medlib.methods.base import Stage, Streams, Work, register
-from medlib.methods.baselines import slice_partition
+from medlib.methods.baselines import Partitions
 from medlib.methods.pretraining import (
     ContrastivePretraining,
     PretrainThenFinetune,
@@ -29,17 +29,11 @@ REGION = 3
 """Side of a region in cells; its vector holds the features of all of them."""
 
 
-class _GlobalPartitions(SliceContrast):
-    def __init__(self, temperature: float, partitions: int):
-        super().__init__()
-        self.temperature, self.partitions = temperature, partitions
+class _GlobalPartitions(Partitions):
+    term = "global"
 
-    def forward(
-        self, first: Tensor, second: Tensor, positions: Tensor, index: Tensor, depth: Tensor
-    ) -> dict[str, Tensor]:
-        part = slice_partition(index, depth, self.partitions).repeat(2)
-        loss = global_partition_loss(torch.cat([first, second]), part, self.temperature)
-        return {"total": loss, "global": loss}
+    def loss(self, features: Tensor, part: Tensor) -> Tensor:
+        return global_partition_loss(features, part, self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)

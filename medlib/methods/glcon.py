@@ -28,7 +28,15 @@ from medlib.data.batches import TrainingData
 from medlib.losses.contrastive import check_shapes, check_temperature, full_precision, nt_xent_loss, unit_vectors
 from medlib.losses.mona import instance_discrimination_loss, local_instance_discrimination_loss, local_windows
 from medlib.methods.base import Streams, Work
-from medlib.methods.cotraining import Cotrained, Cotraining, CotrainingWork, Teacher, check_range, check_whole
+from medlib.methods.cotraining import (
+    Cotrained,
+    Cotraining,
+    CotrainingWork,
+    Teacher,
+    check_choices,
+    check_range,
+    check_whole,
+)
 from medlib.nets import UNet
 
 FRAMEWORKS = ("glcon", "moco", "knn_moco", "simclr", "byol", "isd", "none")
@@ -131,11 +139,7 @@ class TwoBranches(Cotrained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.framework not in FRAMEWORKS:
-            raise ValueError(f"framework must be one of {', '.join(FRAMEWORKS)}, got {self.framework!r}")
-        for name in ("student_view", "teacher_view"):
-            if getattr(self, name) not in VIEWS:
-                raise ValueError(f"{name} must be weak or strong, got {getattr(self, name)!r}")
+        check_choices(self, {"framework": FRAMEWORKS, "student_view": VIEWS, "teacher_view": VIEWS})
         check_whole(self, "pretrain_steps", "projection_dim", "queue", "neighbors", "local_grid")
         check_whole(self, "window", "window_cells", lowest=2)
         check_whole(self, "batch_size", lowest=4)  # batch norm in the heads needs two images, were all labelled

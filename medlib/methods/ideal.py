@@ -21,7 +21,7 @@ from medlib.losses.ideal import (
 )
 from medlib.losses.segmentation import cross_entropy_loss
 from medlib.methods.base import Method, Stage, Streams, Work, register
-from medlib.methods.cotraining import ramp_up
+from medlib.methods.cotraining import check_choices, ramp_up
 from medlib.methods.pretraining import TwoViews, cosine_schedule, stage_length
 from medlib.methods.semisupervised import LabelledAndUnlabelled, branch_probabilities, branched_of, mean_of_branches
 from medlib.nets import DenseProjectionHead, ProjectionHead, branched_resnet, branched_unet
@@ -325,9 +325,7 @@ class Ideal(Method):
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_choices(self, CHOICES)
         if self.decoders not in (1, 2):
             raise ValueError(f"decoders must be 1 or 2, got {self.decoders}")
         for name in ("image_size", "width", "projection_dim", "finetune_batch", "pretrain_epochs", "finetune_epochs"):

@@ -23,8 +23,8 @@ from medlib.losses.dacl import (
     soft_density_guided_loss_by_definition,
 )
 from medlib.methods import build
-from medlib.methods.dacl import NOBODY, Dacl, Rows, pixel_head
-from medlib.nets import UNet
+from medlib.methods.dacl import NOBODY, Dacl, Rows
+from medlib.nets import UNet, pixel_head
 from medlib.rng import generator
 from medlib.train import make_fabric, predictor
 from tests.methods.test_cotraining import PATCH, SETTINGS, NoWaiting, begin, losses, run, same, step

@@ -39,12 +39,12 @@ from medlib.methods import dvcl as method_module
 from medlib.methods.dvcl import (
     CandidateQueue,
     class_centres,
-    feature_head,
     sample_unreliable,
     spread_by_class,
     spread_sample,
     voxels_of,
 )
+from medlib.nets import pixel_head
 from medlib.rng import generator
 from medlib.train import make_fabric, predictor, train
 from tests.methods.test_cotraining import NoWaiting, begin, losses, run, same, step
@@ -200,7 +200,7 @@ def test_a_head_sees_sampled_voxels_alone_and_gives_them_what_all_would_get(spac
     maps = torch.randint(-8, 9, (3, 5, *space), generator=stream).float()
     if last and len(space) == 3:
         maps = maps.contiguous(memory_format=torch.channels_last_3d)
-    head = feature_head(5, 7)
+    head = pixel_head(5, 7)
     with torch.no_grad():
         for p in head.parameters():
             p.copy_(torch.randint(-8, 9, p.shape, generator=stream))

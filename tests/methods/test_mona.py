@@ -134,7 +134,7 @@ def test_the_frameworks_of_table_5_are_methods():
     ("settings", "message"),
     [
         (dict(framework="mocov3"), "framework must be one of glcon, .* got 'mocov3'"),
-        (dict(student_view="stronger"), "student_view must be weak or strong"),
+        (dict(student_view="stronger"), "student_view must be one of weak, strong"),
         (dict(teacher_view="none"), "teacher_view must be"),
         (dict(window=10), "window .*10"),
         (dict(window=16), "windows of 16 px.* need 56 px"),
