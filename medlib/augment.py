@@ -12,6 +12,7 @@ of it, `ThinPlateAugmentation` the warp of an equivariance loss.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,9 @@ class Warp:
 
     def images(self, images: Tensor) -> Tensor:
         """Warp images (B, C, H, W), bilinear; what comes from outside is 0 (the mean, after z-scoring)."""
-        return F.grid_sample(images, self.grid.to(images.dtype), mode="bilinear", align_corners=False)
+        exact = torch.promote_types(images.dtype, torch.float32)
+        moved = F.grid_sample(images.to(exact), self.grid.to(exact), mode="bilinear", align_corners=False)
+        return moved.to(images.dtype)
 
     def predictions(self, maps: Tensor) -> Tensor:
         """Warp logits or probabilities (B, C, H, W), bilinear, differentiable; outside pixels are 0, see `inside`."""
@@ -49,6 +52,17 @@ class Warp:
     def inside(self) -> Tensor:
         """(B, H, W) bool: the pixels whose source lies in the image."""
         return (self.grid.abs() <= 1).all(dim=-1)
+
+
+def _exact(draw: Callable[[Any, int, int, torch.Generator], Warp]) -> Callable[[Any, int, int, torch.Generator], Warp]:
+    """Decorate a ``draw``: also under autocast places are float32, as bfloat16 knows them to a 256th only."""
+
+    @functools.wraps(draw)
+    def drawn(self: Any, batch: int, side: int, generator: torch.Generator) -> Warp:
+        with torch.autocast(generator.device.type, enabled=False):
+            return draw(self, batch, side, generator)
+
+    return drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +93,7 @@ class GeometricAugmentation:
         if not 0 < self.scale[0] <= 1 <= self.scale[1]:
             raise ValueError(f"scale must enclose 1, got {self.scale}")
 
+    @_exact
     def draw(self, batch: int, side: int, generator: torch.Generator) -> Warp:
         """Draw one warp for each of ``batch`` square images of ``side`` px, on the generator's device."""
         device, uniform = generator.device, _uniform(generator)
@@ -199,6 +214,7 @@ class DiffeomorphicAugmentation:
                 f"got {self.cells}, {self.squarings} and {self.shift}"
             )
 
+    @_exact
     def draw(self, batch: int, side: int, generator: torch.Generator) -> Warp:
         """Draw one warp for each of ``batch`` square images of ``side`` px, on the generator's device."""
         device = generator.device
@@ -282,6 +298,7 @@ class ThinPlateAugmentation:
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be a range of positive numbers, got {self.scale}")
 
+    @_exact
     def draw(self, batch: int, side: int, generator: torch.Generator) -> Warp:
         """Draw one warp for each of ``batch`` square images of ``side`` px, on the generator's device."""
         device, uniform = generator.device, _uniform(generator)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medlib.augment import GeometricAugmentation, Warp
+from medlib.augment import DiffeomorphicAugmentation, GeometricAugmentation, ThinPlateAugmentation, Warp
 from medlib.rng import generator
 
 SIDE = 64
@@ -85,3 +85,18 @@ def test_same_stream_same_warp_and_global_state_untouched():
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GeometricAugmentation(**wrong)
+
+
+@pytest.mark.parametrize("kind", [GeometricAugmentation, DiffeomorphicAugmentation, ThinPlateAugmentation])
+def test_autocast_moves_no_place(kind):
+    plain = kind().draw(2, SIDE, generator(0, "augment")).grid
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        warp = kind().draw(2, SIDE, generator(0, "augment"))
+        assert warp.grid.dtype == torch.float32 and torch.equal(warp.grid, plain)
+
+
+def test_a_warp_of_bfloat16_looks_where_that_of_float32_does():
+    images = torch.rand(4, 1, SIDE, SIDE, generator=generator(0, "images")).bfloat16()
+    moved = draw().images(images)
+    assert moved.dtype == torch.bfloat16
+    torch.testing.assert_close(moved, draw().images(images.float()).bfloat16(), atol=0, rtol=0)
