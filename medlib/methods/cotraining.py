@@ -177,8 +177,9 @@ class Cotrained(Method):
     augmentation: GeometricAugmentation = field(default_factory=GeometricAugmentation)
 
     # laptop: of 0.01, 0.03 and 0.1 the learning rate with which 600 steps of the supervised baseline validate best
-    # (ACDC, 3 patients: 0.46, 0.59, 0.54); all methods here share it. 12 slices a step instead of 8 take half as long
-    # again, for a Dice within the spread of seeds (0.59 and 0.56)
+    # (ACDC, 3 patients, seed 0: 0.46, 0.59, 0.54; data/results/acdc_learning_rate has the records and their commands);
+    # all methods here share it. 12 slices a step instead of 8 take half as long again, for a Dice within the spread of
+    # seeds (0.59 and 0.56)
     scales: ClassVar = {
         "ci": dict(image_size=32, spacing=7.5, width=4, steps=6, batch_size=4),
         "laptop": dict(image_size=80, spacing=3.0, steps=600, batch_size=8, learning_rate=0.03),

@@ -34,16 +34,14 @@ from medlib.losses.dvcl import (
     voxel_entropy_by_definition,
 )
 from medlib.losses.segmentation import supervised_loss
-from medlib.methods import SCALES, build
+from medlib.methods import SCALES, build, u2pl
 from medlib.methods import dvcl as method_module
 from medlib.methods.dvcl import (
     CandidateQueue,
     class_centres,
     sample_unreliable,
-    spread_by_class,
-    spread_sample,
-    voxels_of,
 )
+from medlib.methods.sampling import spread_by_class, spread_sample, voxels_of
 from medlib.nets import pixel_head
 from medlib.rng import generator
 from medlib.train import make_fabric, predictor, train
@@ -274,8 +272,8 @@ class Designed:
         monkeypatch.setattr(self.work, "outputs", lambda images, labelled: outputs)
         self.heads = [self.work.networks[name] for name in ("head", "second_head") if name in self.work.networks]
         self.recorders: dict[str, Recorder] = {}
-        for function in (high_quality_contrastive_loss, distance_aware_loss, complementary_label_loss,
-                         info_nce_loss, nt_xent_loss, nnclr_loss, snclr_loss):  # fmt: skip
+        for function in (high_quality_contrastive_loss, distance_aware_loss, info_nce_loss,
+                         nt_xent_loss, nnclr_loss, snclr_loss):  # fmt: skip
             recorder = Recorder(function)
             monkeypatch.setattr(method_module, function.__name__, recorder)
             self.recorders[function.__name__] = recorder
@@ -843,7 +841,7 @@ class Taught:
         monkeypatch.setattr(network, "classifier", nn.Identity())
         network.classifier.forward = lambda maps: self.taught  # type: ignore[method-assign]
         self.recorder = Recorder(complementary_label_loss)
-        monkeypatch.setattr(method_module, "complementary_label_loss", self.recorder)
+        monkeypatch.setattr(u2pl, "complementary_label_loss", self.recorder)
 
     def certain(self, share: float) -> Tensor:
         """(2, *space): the share of unlabelled voxels with the lowest entropy."""
