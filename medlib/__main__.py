@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     phantoms.add_argument("--size", choices=("small", "full"), default="small", help="full: as large as real scans")
     phantoms.set_defaults(command=command_phantoms)
 
-    sweep = commands.add_parser("sweep", help="methods x labelled patients x seeds, one record a run, resumable")
+    sweep = commands.add_parser("sweep", help="methods x ablations x patients x seeds, one record a run, resumable")
     sweep.add_argument("dataset", help="data set, such as acdc")
     sweep.add_argument("root", type=Path, help="its folder")
     sweep.add_argument("--methods", nargs="+", required=True, metavar="NAME", help="names as in medlib.methods")
@@ -67,6 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
     sweep.add_argument("--precision", help="32-true or bf16-mixed; default: what the device prefers")
     sweep.add_argument("-s", "--setting", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    sweep.add_argument(
+        "--ablation", nargs="+", action="append", default=[], metavar=("NAME", "SETTING=VALUE"),
+        help="a row of an ablation table: its name in the records' names, and what is set in it; may be repeated",
+    )  # fmt: skip
     sweep.add_argument("--protocol", default="common", help="patient lists: common, or published ones")
     sweep.add_argument("--name", default="", help="tells runs with other settings apart")
     sweep.add_argument("--phantom", action="store_true", help="the folder holds phantoms; the records will say so")
@@ -78,6 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("datasets", help="the data sets and their protocols").set_defaults(command=command_datasets)
     notebooks = commands.add_parser("notebooks", help="the notebooks and their parameters")
     notebooks.set_defaults(command=command_notebooks)
+
+    book = commands.add_parser("book", help="all executed notebooks as a static site that needs no other host")
+    book.add_argument("-o", "--output", type=Path, default=Path("site"), help="folder; default: site")
+    book.set_defaults(command=command_book)
     return parser
 
 
@@ -144,9 +152,22 @@ def command_sweep(options: argparse.Namespace) -> int:
     """Run what has no record yet."""
     from medlib.sweep import Sweep
 
-    grid = {name: value for name, value in vars(options).items() if name not in ("command", "setting")}
-    Sweep(**grid, settings={name: read_value(text) for name, text in options.setting}).run()
+    grid = {name: value for name, value in vars(options).items() if name not in ("command", "setting", "ablation")}
+    settings = {name: read_value(text) for name, text in options.setting}
+    Sweep(**grid, settings=settings, ablations=read_ablations(options.ablation)).run()
     return 0
+
+
+def read_ablations(rows: Sequence[Sequence[str]]) -> dict[str, dict[str, object]]:
+    """The settings of each ablation by its name, from rows NAME SETTING=VALUE ..."""
+    ablations: dict[str, dict[str, object]] = {}
+    for name, *pairs in rows:
+        if name in ablations or "=" in name:
+            raise ValueError(f"each --ablation begins with a name of its own, got {name!r}")
+        if wrong := [pair for pair in pairs if "=" not in pair]:
+            raise ValueError(f"--ablation {name}: write each setting as SETTING=VALUE, got {wrong[0]!r}")
+        ablations[name] = {setting: read_value(text) for setting, _, text in (pair.partition("=") for pair in pairs)}
+    return ablations
 
 
 def read_value(text: str) -> object:
@@ -165,6 +186,16 @@ def command_notebooks(options: argparse.Namespace) -> int:
         print(notebook.stem)
         for parameter in notebook_parameters(notebook).values():
             print(f"    {parameter.name} = {parameter.default!r}".ljust(32) + f"  {parameter.help}".rstrip())
+    return 0
+
+
+def command_book(options: argparse.Namespace) -> int:
+    """Publish the notebooks as they were run."""
+    from medlib.book import publish
+
+    output = resolve(options.output)
+    pages = publish(output)
+    print(f"{len(pages)} pages: open {shorten(output / 'index.html')}")
     return 0
 
 
