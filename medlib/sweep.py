@@ -1,4 +1,4 @@
-"""Many runs of one comparison: methods x labelled patients x seeds, one record each, resumable at any point."""
+"""Many runs of one comparison: methods x ablations x labelled patients x seeds, one record each, resumable."""
 
 import dataclasses
 import itertools
@@ -29,6 +29,8 @@ class Sweep:
         dataset, root: the data set's name and its folder; ``phantom`` says that the folder holds phantoms.
         methods, labelled, seeds: the axes of the grid: names, numbers of labelled patients, seeds of the training.
         settings: what all its methods are built with, on top of ``scale``; ``name`` tells such runs apart.
+        ablations: another axis: by name, settings on top of those. A run is the one that its name (behind ``name`` and
+            a +) and its settings would make without this axis; they share records.
         records: folder of the records; a run that has one is not run again.
         output_dir: folder of the checkpoints, which runs share where their inputs agree.
         protocol: which patient lists, see `medlib.data.split_cases`.
@@ -46,6 +48,7 @@ class Sweep:
     device: str = "auto"
     precision: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    ablations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     name: str = ""
     protocol: str = "common"
     phantom: bool = False
@@ -55,21 +58,26 @@ class Sweep:
     def run(self) -> None:
         """Run what has no record yet. Every method is built and every split made before the first run starts."""
         cases = read_dataset(self.dataset, resolve(self.root))
-        methods = {name: build(name, scale=self.scale, **self.settings) for name in self.methods}
+        rows = self._rows()
+        methods = {
+            (method, row): build(method, scale=self.scale, **settings)
+            for method, (row, settings) in itertools.product(self.methods, rows.items())
+        }
         splits = {
             count: split_cases(self.dataset, cases, protocol=self.protocol, labelled=count) for count in self.labelled
         }
-        grid = list(itertools.product(self.seeds, self.labelled, self.methods))
-        for number, (seed, labelled, method) in enumerate(grid, start=1):
-            path = resolve(self.records) / record_name(method, self.name, labelled, seed)
+        grid = list(itertools.product(self.seeds, self.labelled, methods))
+        for number, (seed, labelled, (name, row)) in enumerate(grid, start=1):
+            method = methods[name, row]
+            path = resolve(self.records) / record_name(name, row, labelled, seed)
             if path.exists():
-                self._check_same(read_record(path), methods[method], splits[labelled], path)
+                self._check_same(read_record(path), method, splits[labelled], path)
                 print(f"[{number}/{len(grid)}] {path.name}: there already", flush=True)
                 continue
             started = time.monotonic()
             outcome = experiment.run(
-                methods[method],
-                experiment.load(cases, splits[labelled], methods[method]),
+                method,
+                experiment.load(cases, splits[labelled], method),
                 seed=seed,
                 output_dir=resolve(self.output_dir),
                 device=self.device,
@@ -77,20 +85,28 @@ class Sweep:
                 open_test=self.open_test,
             )
             root = None if self._drawn else self.root
-            command = self.command(method, labelled, seed)
+            command = self.command(name, row, labelled, seed)
             outcome.record(scale=self.scale, root=root, command=command).save(path)
             dice, took = outcome.val.summary["mean"]["dice"], time.monotonic() - started
             print(f"[{number}/{len(grid)}] {path.name}: validation Dice {dice:.3f}, {took:.0f} s", flush=True)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.=+]*", self.name):
-            raise ValueError(f"name becomes part of file names: letters, digits and ._=+ only, got {self.name!r}")
+        for name in (self.name, *self.ablations):
+            if not re.fullmatch(r"[\w.=+]*", name):
+                raise ValueError(f"name becomes part of file names: letters, digits and ._=+ only, got {name!r}")
         if resolve(self.records).exists() and not resolve(self.records).is_dir():
             raise ValueError(f"records must be a folder, {self.records} is a file")
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if any(seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds must be 0 or more, got {list(self.seeds)}")
+
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        """The settings by name, one entry an ablation."""
+        rows = self.ablations or {"": {}}
+        return {
+            "+".join(part for part in (self.name, row) if part): {**self.settings, **own} for row, own in rows.items()
+        }
 
     @property
     def _drawn(self) -> bool:
@@ -114,12 +130,12 @@ class Sweep:
                 "tell the two apart with --name, or choose another --records folder"
             )
 
-    def command(self, method: str, labelled: int, seed: int) -> str:
+    def command(self, method: str, row: str, labelled: int, seed: int) -> str:
         """The command that makes one record again."""
         words: list[object] = ["python", "-m", "medlib", "sweep", self.dataset, "ROOT", "--methods", method]
         words += ["--labelled", labelled, "--seeds", seed, "--scale", self.scale, "--records", "RECORDS"]
-        words += [word for pair in self.settings.items() for word in ("-s", *pair)]
-        words += ["--name", self.name] if self.name else []
+        words += [word for pair in self._rows()[row].items() for word in ("-s", *pair)]
+        words += ["--name", row] if row else []
         words += ["--protocol", self.protocol] if self.protocol != "common" else []
         words += ["--precision", self.precision] if self.precision else []
         words += ["--phantom"] if self.phantom else []

@@ -1,10 +1,12 @@
 """A sweep leaves one record a run, skips what it has, and shares pre-training between its runs."""
 
+import shlex
+
 import pytest
 
 from medlib.__main__ import main
 from medlib.data import write_phantoms
-from medlib.results import load_records, table
+from medlib.results import load_records, read_record, table
 from medlib.train import StageResult
 
 
@@ -40,6 +42,26 @@ def test_settings_reach_the_runs_and_their_names(root, tmp_path):
     assert "-s frozen False" in record.command and str(tmp_path) not in path.read_text()
 
 
+def test_ablations_are_the_runs_that_their_names_and_settings_would_make(root, tmp_path, capsys):
+    call = ["--methods", "coral", "--labelled", "1", "--seeds", "0", "-s", "finetune_steps", "3"]
+    rows = ["--ablation", "whole", "--ablation", "tuned", "frozen=False", "finetune_steps=2"]
+    assert sweep(root, tmp_path, *call, *rows, "--name", "few") == 0
+    whole, tuned = (tmp_path / "records" / f"coral-few+{row}-1p-s0.record.json" for row in ("whole", "tuned"))
+    records = [read_record(path) for path in (whole, tuned)]
+    assert [(record.settings["finetune_steps"], record.settings["frozen"]) for record in records] == [
+        (3, True), (2, False),
+    ]  # fmt: skip
+    assert len(list((tmp_path / "runs" / "stages").glob("coral-pretrain-*"))) == 1
+    for path, record in ((whole, records[0]), (tuned, records[1])):
+        words = shlex.split(record.command)
+        assert "--ablation" not in words and words[words.index("--name") + 1] == path.name.split("-")[1]
+        before = path.read_bytes()
+        capsys.readouterr()
+        arguments = [{"ROOT": str(root), "RECORDS": str(tmp_path / "records")}.get(word, word) for word in words[3:]]
+        assert main([*arguments, "--output-dir", str(tmp_path / "runs"), "--device", "cpu"]) == 0
+        assert "there already" in capsys.readouterr().out and path.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -47,6 +69,11 @@ def test_settings_reach_the_runs_and_their_names(root, tmp_path):
         (["--methods", "coral", "--labelled", "99"], "labelled must be 1..6"),
         (["--methods", "coral", "--labelled", "1", "-s", "temprature", "1"], "did you mean 'temperature'"),
         (["--methods", "coral", "--labelled", "1", "--protocol", "dhc"], "protocol must be"),
+        (["--methods", "coral", "--labelled", "1", "--ablation", "off", "temprature=1"], "did you mean 'temperature'"),
+        (["--methods", "coral", "--labelled", "1", "--ablation", "off", "frozen"], "SETTING=VALUE, got 'frozen'"),
+        (["--methods", "coral", "--labelled", "1", "--ablation", "frozen=False"], "a name of its own, got 'frozen=F"),
+        (["--methods", "coral", "--labelled", "1", *["--ablation", "on"] * 2], "a name of its own, got 'on'"),
+        (["--methods", "coral", "--labelled", "1", "--ablation", "../up"], "name becomes part of file names"),
     ],
 )
 def test_a_wrong_call_ends_before_anything_runs(root, tmp_path, capsys, wrong, message):
