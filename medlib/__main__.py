@@ -78,6 +78,16 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--output-dir", type=Path, default=Path("runs"), help="folder of the checkpoints")
     sweep.set_defaults(command=command_sweep)
 
+    record = commands.add_parser("record", help="train on phantoms and write the small file that explorers open")
+    record.add_argument("--output", type=Path, help="a .npz file; default: the one in data/recorded/")
+    record.add_argument("--methods", nargs="+", default=["coral", "pcl"], metavar="NAME", help="that embed slices")
+    record.add_argument("--scale", default="laptop", help="ci, laptop (default) or paper")
+    record.add_argument("--ratio", type=float, default=0.1, help="labelled share of the training patients")
+    record.add_argument("--seed", type=int, default=0)
+    record.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
+    record.add_argument("--output-dir", type=Path, default=Path("runs/recorded"), help="folder of the checkpoints")
+    record.set_defaults(command=command_record)
+
     commands.add_parser("methods", help="the methods by name").set_defaults(command=command_methods)
     commands.add_parser("datasets", help="the data sets and their protocols").set_defaults(command=command_datasets)
     notebooks = commands.add_parser("notebooks", help="the notebooks and their parameters")
@@ -168,6 +178,18 @@ def read_ablations(rows: Sequence[Sequence[str]]) -> dict[str, dict[str, object]
             raise ValueError(f"--ablation {name}: write each setting as SETTING=VALUE, got {wrong[0]!r}")
         ablations[name] = {setting: read_value(text) for setting, _, text in (pair.partition("=") for pair in pairs)}
     return ablations
+
+
+def command_record(options: argparse.Namespace) -> int:
+    """Record a phantom run for the explorers."""
+    from medlib.explore import recorded
+
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "output")}
+    output = recorded.RECORDED if options.output is None else resolve(options.output)
+    run = recorded.record_phantoms(output, **given)
+    steps = max(len(snapshots) for snapshots in run.features.values())
+    print(f"{len(run.positions)} slices, {steps} steps of {', '.join(run.features)}: {shorten(output)}")
+    return 0
 
 
 def read_value(text: str) -> object:

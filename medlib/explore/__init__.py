@@ -31,10 +31,13 @@ from medlib.explore.density import (
     score_curves,
     sparse_places,
 )
-from medlib.explore.embedding import embedding_explorer, nearest, project
+from medlib.explore.embedding import embedding_explorer, nearest
+from medlib.explore.history import align, history_explorer, history_figure, measure_history, project_history
 from medlib.explore.losses import loss_explorer, loss_slider
 from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation
 from medlib.explore.plane import plane_figure
+from medlib.explore.projection import PROJECTIONS, Quality, project, projection_quality
+from medlib.explore.recorded import RecordedRun, explore, open_run, record_outcomes, record_phantoms
 from medlib.explore.report import check_page
 from medlib.explore.results import records_figure
 from medlib.explore.show import Explorer, show, show_widget
@@ -50,14 +53,18 @@ from medlib.explore.volumes import (
 
 __all__ = [
     "CT_WINDOWS",
+    "PROJECTIONS",
     "Agreement",
     "Cloud",
     "ClusterScores",
     "Draw",
     "Explorer",
     "LiveCurves",
+    "Quality",
+    "RecordedRun",
     "affine_warp",
     "agreement",
+    "align",
     "anchor_explorer",
     "boundary_bars",
     "boundary_distance",
@@ -72,19 +79,28 @@ __all__ = [
     "density_explorer",
     "direction_alignment",
     "embedding_explorer",
+    "explore",
+    "history_explorer",
+    "history_figure",
     "linked_planes",
     "live_curves",
     "long_tail_bars",
     "loss_explorer",
     "loss_slider",
+    "measure_history",
     "nearest",
     "neighborhood_explorer",
     "neighbour_agreement",
     "neighbour_explorer",
+    "open_run",
     "plane_figure",
     "position_probe_error",
     "project",
+    "project_history",
+    "projection_quality",
     "rank_correlation",
+    "record_outcomes",
+    "record_phantoms",
     "records_figure",
     "relation_explorer",
     "relation_figure",

@@ -1,57 +1,59 @@
-"""An embedding to explore: where a point lies, what it shows, and which slices the network finds alike."""
+"""An embedding to explore: where a point lies, what it shows, what the network finds alike, what a group shares."""
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import ipywidgets
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
-from medlib.explore import pixels
+from medlib.explore import panels, pixels
 from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation, unit
+from medlib.explore.projection import (
+    MAY_NOT_BE_READ,
+    PROJECTIONS,
+    QUALITY_POINTS,
+    TSNE_POINTS,
+    project,
+    projection_quality,
+    sample_rows,
+)
 from medlib.explore.show import Explorer, hint, redraw, stack
-from medlib.explore.style import DISAGREEMENT, INK, MUTED, TEMPLATE, category_colours, position_scale
+from medlib.explore.slices import check_classes, check_maps
+from medlib.explore.style import (
+    CATEGORIES,
+    DISAGREEMENT,
+    INK,
+    MUTED,
+    TEMPLATE,
+    category_colours,
+    position_scale,
+)
 
-PROJECTIONS = ("PCA", "t-SNE")
-_WEBGL_FROM = 5_000  # points; below, SVG is as fast and sharper
+_WEBGL_FROM = 10_000  # points; below, SVG is as fast and sharper
+_TEXT_UP_TO = 10_000  # points that carry their text to the page; above, the panel below the picture shows it alone
 _NEIGHBOURS = 6
-
-
-def project(features: np.ndarray, projection: str, *, seed: int = 0, perplexity: float = 30.0) -> np.ndarray:
-    """``features`` (N,D) on the plane, (N,2) float32, by "PCA" or "t-SNE" of their directions (rows of length 1).
-
-    t-SNE starts from PCA and is seeded; ``perplexity`` is lowered to (N-1)/3 where there are few points. Axes have no
-    unit: each picture is centred and scaled to its largest extent, and turned so that it does not mirror between runs.
-    """
-    if projection not in PROJECTIONS:
-        raise ValueError(f"projection must be one of {PROJECTIONS}, got {projection!r}")
-    if features.ndim != 2 or len(features) < 4:
-        raise ValueError(f"features must be (N,D) with N >= 4, got {features.shape}")
-    rows = unit(features)
-    if projection == "PCA":
-        plane = PCA(n_components=2, svd_solver="full").fit_transform(rows)
-    else:
-        near = min(perplexity, (len(rows) - 1) / 3)
-        plane = TSNE(n_components=2, perplexity=near, init="pca", random_state=seed).fit_transform(rows)
-    plane = plane - plane.mean(axis=0)
-    plane = plane * np.where(plane[np.abs(plane).argmax(axis=0), [0, 1]] < 0, -1.0, 1.0)
-    return (plane / max(float(np.abs(plane).max()), 1e-12)).astype(np.float32)
+_PERPLEXITIES = (2, 5, 10, 20, 30, 50, 100)
+_EVERYBODY = "all"
 
 
 def nearest(features: np.ndarray, point: int, count: int = _NEIGHBOURS) -> np.ndarray:
     """The ``count`` rows of ``features`` (N,D) with the largest cosine to row ``point``, itself excluded, best
     first."""
-    rows = unit(features)
+    return _nearest(unit(features), point, count)
+
+
+def _nearest(rows: np.ndarray, point: int, count: int = _NEIGHBOURS) -> np.ndarray:
     likeness = rows @ rows[point]
     likeness[point] = -np.inf
     return np.argsort(-likeness, kind="stable")[: min(count, len(rows) - 1)]
 
 
-def _measured(features: np.ndarray, positions: np.ndarray, patients: np.ndarray) -> str:
+def _measured(features: np.ndarray, positions: np.ndarray, patients: np.ndarray, seed: int) -> str:
+    """Two lines of numbers from the full space, of at most ``TSNE_POINTS`` points."""
+    rows = sample_rows(len(features), TSNE_POINTS, seed)
+    features, positions, patients = features[rows], positions[rows], patients[rows]
     text = f"rank correlation {rank_correlation(features, positions):.2f}"
     if len(np.unique(patients)) > 1:
         error, mean_error = position_probe_error(features, positions, patients)
@@ -60,71 +62,294 @@ def _measured(features: np.ndarray, positions: np.ndarray, patients: np.ndarray)
     return text
 
 
-def _scatter(
-    planes: Mapping[str, np.ndarray], positions: np.ndarray, hover: Sequence[str], notes: Mapping[str, str], title: str
-) -> go.Figure:
-    """One panel per method, coloured by position, with its numbers below it."""
-    figure = make_subplots(1, len(planes), column_titles=[f"<b>{name}</b>" for name in planes], horizontal_spacing=0.04)
-    kind = go.Scattergl if len(positions) >= _WEBGL_FROM else go.Scatter
-    size = float(np.clip(220 / np.sqrt(len(positions)), 4, 9))
-    colours = np.round(positions.astype(float), 3)
-    for i, (name, plane) in enumerate(planes.items(), start=1):
-        marker = {"color": colours, "coloraxis": "coloraxis", "size": size, "opacity": 0.9}
-        figure.add_trace(
-            kind(
-                x=plane[:, 0],
-                y=plane[:, 1],
-                mode="markers",
-                marker=marker,
-                text=list(hover),
-                showlegend=False,
-                hovertemplate="%{text}<extra></extra>",
-                name=name,
-            ),
-            row=1,
-            col=i,
-        )
-        axis = "" if i == 1 else str(i)
-        figure.add_annotation(
-            x=0.5,
-            y=-0.02,
-            xref=f"x{axis} domain",
-            yref=f"y{axis} domain",
-            yanchor="top",
-            text=notes[name],
-            font={"size": 12, "color": MUTED},
-        )
-    box = {"showgrid": False, "showticklabels": False, "range": [-1.12, 1.12], "showline": True, "mirror": True}
-    figure.update_xaxes(**box)
-    figure.update_yaxes(**box)
-    bar = {
-        "title": {"text": "position", "side": "right", "font": {"size": 12, "color": MUTED}},
-        "thickness": 12,
-        "outlinewidth": 0,
-        "len": 1,
-        "y": 0.5,
-        "tickvals": [0, 0.5, 1],
-        "tickfont": {"color": MUTED},
-    }
+class _Colouring:
+    """How one column is painted: a number per point, a colour axis, and names with their colours where it has any."""
+
+    def __init__(self, name: str, values: Sequence[Any] | np.ndarray, count: int):
+        column = np.asarray(values)
+        if column.shape != (count,):
+            raise ValueError(f"column {name!r} must hold one value for each of {count} points, got {column.shape}")
+        self.name, self.number = name, column.dtype.kind in "iuf"
+        self.palette: dict[str, str] = {}
+        if self.number:
+            self.values = column.astype(float)
+            finite = self.values[np.isfinite(self.values)]
+            if not len(finite):
+                raise ValueError(f"column {name!r} holds no finite number")
+            low, high = (0.0, 1.0) if name == "position" else np.percentile(finite, (1, 99)).tolist()
+            self.codes = self.values.round(3) if name == "position" else self.values
+            self.axis = {"colorscale": position_scale(), "cmin": low, "cmax": max(high, low + 1e-9), "showscale": True}
+        else:
+            self.values = np.array([str(value) for value in column])
+            names, index = np.unique(self.values, return_inverse=True)
+            self.palette = category_colours(names.tolist())
+            self.codes = (index % len(CATEGORIES)).astype(float)
+            edges = [(k / len(CATEGORIES), (k + 1) / len(CATEGORIES)) for k in range(len(CATEGORIES))]
+            steps = [(edge, colour) for pair, colour in zip(edges, CATEGORIES, strict=True) for edge in pair]
+            self.axis = {"colorscale": steps, "cmin": -0.5, "cmax": len(CATEGORIES) - 0.5, "showscale": False}
+
+    def coloraxis(self) -> dict[str, Any]:
+        bar = {
+            "title": {"text": self.name, "side": "right", "font": {"size": 12, "color": MUTED}},
+            "thickness": 12,
+            "outlinewidth": 0,
+            "len": 1,
+            "y": 0.5,
+            "tickvals": [0, 0.5, 1] if self.name == "position" else None,
+            "tickfont": {"color": MUTED},
+        }
+        return {**self.axis, "colorbar": bar}
+
+
+def _canvas(panels_drawn: int, count: int, dimensions: int, hover: Sequence[str] | None) -> go.Figure:
+    """An empty picture: per panel its points, then per panel the rings of the neighbours and of the chosen point."""
+    solid = dimensions == 3
+    spec = [[{"type": "scene" if solid else "xy"}] * panels_drawn]
+    figure = make_subplots(1, panels_drawn, specs=spec, column_titles=[" "] * panels_drawn, horizontal_spacing=0.04)
+    kind = go.Scatter3d if solid else go.Scattergl if count >= _WEBGL_FROM else go.Scatter
+    size = float(np.clip(220 / np.sqrt(count), 2 if count >= _WEBGL_FROM else 4, 9)) * (0.4 if solid else 1)
+    keep: dict[str, Any] = (
+        {} if solid else {"selected": {"marker": {"opacity": 1}}, "unselected": {"marker": {"opacity": 0.12}}}
+    )
+    text: dict[str, Any] = (
+        {"hoverinfo": "none"} if hover is None else {"text": list(hover), "hovertemplate": "%{text}<extra></extra>"}
+    )
+    for column in range(1, panels_drawn + 1):
+        marker = {"coloraxis": "coloraxis", "size": size, "opacity": 0.9}
+        figure.add_trace(kind(mode="markers", marker=marker, showlegend=False, **text, **keep), row=1, col=column)
+    ring = {"mode": "markers", "showlegend": False, "hoverinfo": "skip"}
+    rings = ((INK, 15, 2), (DISAGREEMENT, 19, 3.5))
+    for column in range(1, panels_drawn + 1):
+        for colour, width, line in rings:
+            look = {"size": width * (0.5 if solid else 1), "symbol": "circle-open", "color": colour}
+            clear = {} if solid else {"unselected": {"marker": {"opacity": 1}}}
+            trace = (go.Scatter3d if solid else go.Scatter)(**ring, **clear, marker={**look, "line": {"width": line}})
+            figure.add_trace(trace, row=1, col=column)
+    box = {"showgrid": False, "showticklabels": False, "range": [-1.12, 1.12]}
+    if solid:
+        face = {**box, "title": "", "showbackground": False, "showline": True, "linecolor": MUTED, "zeroline": False}
+        near = {"eye": {"x": 1.05, "y": 1.05, "z": 0.7}}
+        figure.update_scenes(xaxis=face, yaxis=face, zaxis=face, aspectmode="cube", camera=near)
+    else:
+        figure.update_xaxes(**box, showline=True, mirror=True)
+        figure.update_yaxes(**box, showline=True, mirror=True)
+    for column in range(panels_drawn):
+        where = figure.layout[f"{'scene' if solid else 'xaxis'}{column + 1 if column else ''}"].domain
+        left, right = where.x if solid else where
+        note = {"xref": "paper", "yref": "paper", "xanchor": "center", "yanchor": "top"}
+        figure.add_annotation(x=(left + right) / 2, y=-0.02, text="", font={"size": 12, "color": MUTED}, **note)
     figure.update_layout(
         template=TEMPLATE,
-        title=title,
-        height=478 if len(planes) > 1 else 600,
-        margin={"l": 20, "r": 20, "t": 84, "b": 60},
-        coloraxis={"colorscale": position_scale(), "cmin": 0, "cmax": 1, "colorbar": bar},
+        height=496 if panels_drawn > 1 else 618,
+        margin={"l": 20, "r": 20, "t": 84, "b": 78},
+        dragmode="orbit" if solid else "lasso",
     )
     return figure
 
 
-def _chips(colours: Mapping[str, str]) -> str:
-    """A legend in HTML; nothing where there are too many entries to tell their colours apart."""
-    if not 0 < len(colours) <= 10:
-        return ""
-    dot = "display:inline-block;width:10px;height:10px;border-radius:5px;margin-right:5px;background:"
-    entry = (
-        '<span style="white-space:nowrap;display:inline-block;margin-right:14px"><span style="{}{}"></span>{}</span>'
-    )
-    return "".join(entry.format(dot, colour, escape(name)) for name, colour in colours.items())
+class _Board:
+    """The state behind an embedding explorer: what is drawn, what is chosen, and the figures that show it."""
+
+    def __init__(
+        self,
+        features: Mapping[str, np.ndarray],
+        columns: Mapping[str, _Colouring],
+        thumbs: np.ndarray,
+        maps: Mapping[str, Any],
+        hover: Sequence[str],
+        title: str,
+        seed: int,
+    ):
+        self.features, self.columns, self.thumbs, self.maps = features, columns, thumbs, maps
+        self.rows = {name: unit(f) for name, f in features.items()}
+        self.positions, self.owners = columns["position"].values, columns["patient"].values
+        self.hover, self.title, self.seed = hover, title, seed
+        self.count, self.panels = len(self.positions), min(2, len(features))
+        self.flats: dict[tuple, tuple[np.ndarray, str]] = {}
+        self.notes: dict[str, str] = {}
+        self.selected: np.ndarray | None = None
+        self.controls: dict[str, Any] = {}
+        text = hover if self.count < _TEXT_UP_TO else None
+        self.figures = {"embedding": go.FigureWidget(_canvas(self.panels, self.count, 2, text))}
+        self.body = ipywidgets.VBox([self.figures["embedding"]])
+
+    # ---- what is computed once
+
+    def flat(self, name: str, dimensions: int) -> tuple[np.ndarray, str]:
+        """Coordinates (N,dimensions) of a method, not-a-number where a point was not drawn into the sample, and a line
+        on how far they can be trusted."""
+        kind, seed, perplexity = (self.controls[k].value for k in ("projection", "seed", "perplexity"))
+        key = (name, kind, dimensions, *((seed, perplexity) if kind == "t-SNE" else ()))
+        if key not in self.flats:
+            rows = sample_rows(self.count, TSNE_POINTS if kind == "t-SNE" else self.count, self.seed)
+            one = project(self.features[name][rows], kind, seed=seed, perplexity=perplexity, dimensions=dimensions)
+            few = sample_rows(len(rows), QUALITY_POINTS, self.seed)
+            quality = projection_quality(self.rows[name][rows[few]], one[few])
+            flat = np.full((self.count, dimensions), np.nan, np.float32)
+            flat[rows] = one
+            text = f"picture: trustworthiness {quality.trustworthiness:.2f} · continuity {quality.continuity:.2f}"
+            self.flats[key] = flat, text
+        return self.flats[key]
+
+    def note(self, name: str) -> str:
+        if name not in self.notes:
+            self.notes[name] = _measured(self.features[name], self.positions, self.owners, self.seed)
+        return self.notes[name]
+
+    # ---- what is shown
+
+    @property
+    def dimensions(self) -> int:
+        return 3 if self.controls["dimensions"].value == "3D" else 2
+
+    @property
+    def figure(self) -> go.FigureWidget:
+        if self.dimensions == 2:
+            return self.figures["embedding"]
+        if "space" not in self.figures:
+            text = self.hover if self.count < _TEXT_UP_TO else None
+            self.figures["space"] = go.FigureWidget(_canvas(self.panels, self.count, 3, text))
+            self.answer(self.figures["space"])
+        return self.figures["space"]
+
+    def names(self) -> list[str]:
+        sides = [self.controls[side].value for side in ("left", "right") if side in self.controls]
+        return sides or list(self.features)[:2]
+
+    def shown(self) -> np.ndarray:
+        """Which points the filters leave, (N,) bool."""
+        mask = np.ones(self.count, bool)
+        for name in ("patient", "group"):
+            control = self.controls.get(f"only {name}")
+            if control is not None and control.value != _EVERYBODY:
+                mask &= self.columns[name].values == control.value
+        if self.controls["selected only"].value and self.selected is not None:
+            mask[np.setdiff1d(np.arange(self.count), self.selected)] = False
+        return mask
+
+    def caption(self, drawn: int) -> str:
+        kind = self.controls["projection"].value
+        part = []
+        if kind == "t-SNE" and self.count > TSNE_POINTS:
+            part.append(f"{TSNE_POINTS:,} of {self.count:,} points drawn at random")
+        if drawn < self.count:
+            part.append(f"{drawn:,} of {self.count:,} shown")
+        return f"{self.title} ({', '.join([kind, *part])})"
+
+    # ---- what the controls do
+
+    def draw(self, change: object = None) -> None:
+        """The points, after another projection, method or filter."""
+        figure, axes = self.figure, "xyz"[: self.dimensions]
+        self.body.children = (figure,)
+        uses_seed = self.controls["projection"].value == "t-SNE"
+        self.controls["perplexity"].disabled = self.controls["seed"].disabled = not uses_seed
+        mask = self.shown()
+        drawn = [self.flat(name, self.dimensions) for name in self.names()]
+        for trace, (flat, _) in zip(figure.data, drawn, strict=False):
+            hidden = np.where(mask[:, None], flat, np.nan)
+            redraw(trace, **{axis: hidden[:, i] for i, axis in enumerate(axes)})
+        with figure.batch_update():
+            for i, (name, (_, quality)) in enumerate(zip(self.names(), drawn, strict=True)):
+                figure.layout.annotations[i].text = f"<b>{name}</b>"
+                figure.layout.annotations[self.panels + i].text = f"{self.note(name)}<br>{quality}"
+            figure.layout.title.text = self.caption(int(mask.sum()))
+        style = panels.block(f"<i>{MAY_NOT_BE_READ[self.controls['projection'].value]}</i>")
+        self.controls["note"].value = style
+        self.paint()
+        self.mark()
+        self.describe()
+
+    def mark(self, change: object = None) -> None:
+        """The chosen point and its neighbours, in the picture and as pictures."""
+        point, figure, axes = self.controls["point"].value, self.figure, "xyz"[: self.dimensions]
+        found = {name: _nearest(self.rows[name], point) for name in dict.fromkeys(self.names())}
+        for i, name in enumerate(self.names()):
+            flat, _ = self.flat(name, self.dimensions)
+            for trace, rows in zip(figure.data[self.panels + 2 * i :], (found[name], np.array([point])), strict=False):
+                redraw(trace, **{axis: flat[rows, k] for k, axis in enumerate(axes)})
+        label, predictions = self.maps["label"], self.maps["predictions"]
+        shown = {name: maps[point] for name, maps in predictions.items() if name in ("", *self.names())}
+        alone = panels.chosen(
+            self.thumbs[point],
+            None if label is None else label[point],
+            shown,
+            self.maps["colours"],
+            self.hover[point].replace("<br>", ", "),
+        )
+        strip = panels.neighbour_strip(point, found, self.thumbs, self.positions, self.owners, self.hover)
+        self.controls["strip"].value = panels.block(alone + strip)
+
+    def paint(self, change: object = None) -> None:
+        column, figure = self.columns[self.controls["colour"].value], self.figure
+        figure.layout.coloraxis = column.coloraxis()
+        for trace in figure.data[: self.panels]:
+            redraw(trace, **{"marker.color": column.codes})
+        self.controls["legend"].value = panels.block(panels.chips(column.palette))
+
+    def describe(self) -> None:
+        """What the selected points, else those that the filters leave, have in common."""
+        mask = self.shown()
+        if self.selected is None and mask.all():
+            text = "Draw a lasso around points: here stands what they share, beside all points."
+            self.controls["selection"].value = panels.block(text)
+            return
+        rows = np.flatnonzero(mask) if self.selected is None else self.selected
+        numbers = {name: column.values for name, column in self.columns.items() if column.number}
+        texts = {name: column.values for name, column in self.columns.items() if not column.number}
+        what = "shown" if self.selected is None else "selected"
+        methods = {name: self.features[name] for name in dict.fromkeys(self.names())}
+        self.controls["selection"].value = panels.group_panel(rows, numbers, texts, methods, what)
+
+    def select(self, rows: Sequence[int] | None) -> None:
+        """The same points in both panels; None: no selection."""
+        self.selected = None if rows is None else np.unique(np.asarray(rows, int))
+        for trace in self.figures["embedding"].data[: self.panels]:
+            redraw(trace, selectedpoints=self.selected)
+        if self.controls["selected only"].value:
+            self.draw()
+        else:
+            self.describe()
+
+    def answer(self, figure: go.FigureWidget) -> None:
+        """What a click, the mouse over a point and a lasso do in ``figure``."""
+
+        def click(trace: Any, points: Any, state: Any) -> None:
+            if points.point_inds:
+                self.controls["point"].value = points.point_inds[0]
+
+        def hover(trace: Any, points: Any, state: Any) -> None:
+            if points.point_inds:
+                point = points.point_inds[0]
+                lines = [f"point {point}", *self.hover[point].split("<br>")]
+                self.controls["hover"].value = panels.hovered(self.thumbs[point], lines)
+
+        def lasso(trace: Any, points: Any, selector: Any) -> None:
+            if points.point_inds:
+                self.select(points.point_inds)
+            else:  # plotly tells every trace, and unselects all points of those beside the lasso
+                redraw(trace, selectedpoints=self.selected)
+
+        def drop(trace: Any, points: Any) -> None:
+            if self.selected is not None:
+                self.select(None)
+
+        for trace in figure.data[: self.panels]:
+            trace.on_click(click)
+            trace.on_hover(hover)
+            if isinstance(trace, go.Scatter | go.Scattergl):
+                trace.on_selection(lasso)
+                trace.on_deselect(drop)
+
+
+def _prediction_maps(predictions: Any, methods: Sequence[str]) -> dict[str, np.ndarray]:
+    if predictions is None:
+        return {}
+    if isinstance(predictions, Mapping):
+        if unknown := [name for name in predictions if name not in methods]:
+            raise ValueError(f"predictions of {unknown} belong to no method; methods are {list(methods)}")
+        return {name: np.asarray(maps) for name, maps in predictions.items()}
+    return {"": np.asarray(predictions)}
 
 
 def embedding_explorer(
@@ -134,176 +359,153 @@ def embedding_explorer(
     thumbnails: np.ndarray,
     groups: Sequence[str] | None = None,
     *,
-    projection: str = "t-SNE",
+    columns: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
+    labels: np.ndarray | None = None,
+    predictions: np.ndarray | Mapping[str, np.ndarray] | None = None,
+    classes: Sequence[str] = (),
+    colours: Sequence[str] = (),
+    colour: str = "position",
+    projection: str | None = None,
     seed: int = 0,
     perplexity: float = 30.0,
     title: str = "What the network finds alike",
 ) -> Explorer:
-    """Slices as points, up to two methods side by side, with their pictures and nearest neighbours.
+    """Slices or voxels as points, up to two methods side by side, with their pictures and nearest neighbours.
 
     methods: name -> features (N,D_m); with more than two, the first two are drawn and menus choose · positions: (N,) in
-    [0, 1] · patients: N names · thumbnails: (N,h,w) uint8 · groups: N names (diagnosis, phase, ...), optional. Under
-    each picture stand numbers from the full feature space (``medlib.explore.measures``): the picture itself proves
-    nothing.
+    [0, 1] · patients: N names · thumbnails: (N,h,w) uint8 · groups: N names (diagnosis, phase, ...), optional ·
+    columns: name -> N further values to colour by (entropy, error, data set, ...): numbers get a scale from their 1st
+    to their 99th percentile, anything else colours by value · labels: (N,h,w) int · predictions: (N,h,w) int, or one
+    such for each of some methods · classes, colours: names and ``#rrggbb`` of their values · colour: of "position",
+    "patient", "group" and ``columns``, the first · projection: "PCA" or "t-SNE", by default t-SNE up to 1,500 points.
+    Under each picture stand numbers from the full feature space (``medlib.explore.measures``), of 1,500 points at
+    random where there are more, and how many neighbours the picture keeps: the picture itself proves nothing.
 
-    A click on a point (or the slider ``point``) shows the slice and, for each method, its six nearest neighbours by
-    cosine in the full feature space, and rings them in both pictures. Controls: ``point``, ``colour``, ``projection``,
-    and with more than two methods ``left`` and ``right``. The twin is the picture coloured by position.
+    The mouse over a point shows it. A click (or the slider ``point``) shows the slice, with label and prediction where
+    given, and, for each method, its six nearest neighbours by cosine in the full feature space, and rings them in both
+    pictures. A lasso selects points in both and says what they share; a double click ends that. Controls: ``point``,
+    ``colour``, ``projection``, ``dimensions``, ``perplexity``, ``seed``, ``only patient``, ``only group``, ``selected
+    only``, and with more than two methods ``left`` and ``right``. From 10,000 points on WebGL draws; t-SNE is of 1,500
+    points at random where there are more. The twin is the picture in ``colour``, on the plane.
     """
-    positions, owners = np.asarray(positions, np.float64), np.asarray([str(p) for p in patients])
+    places = np.asarray(positions, np.float64)
     features = {name: np.asarray(f, np.float32) for name, f in methods.items()}
-    count = len(positions)
+    count, thumbs = len(places), np.asarray(thumbnails)
     if not features:
         raise ValueError("methods is empty: give at least one name with its features")
     shapes = {name: f.shape for name, f in features.items() if f.ndim != 2 or len(f) != count}
-    if shapes or len(owners) != count or thumbnails.ndim != 3 or len(thumbnails) != count:
+    if shapes or len(patients) != count or thumbs.ndim != 3 or len(thumbs) != count:
         raise ValueError(
-            f"lengths differ: {count} positions, {len(owners)} patients, "
-            f"thumbnails {thumbnails.shape}, features {shapes}"
+            f"lengths differ: {count} positions, {len(patients)} patients, thumbnails {thumbs.shape}, features {shapes}"
         )
-    kinds = [str(g) for g in groups] if groups is not None else None
-    hover = [f"{p}<br>position {x:.2f}" for p, x in zip(owners, positions, strict=True)]
-    if kinds is not None:
-        hover = [f"{text}<br>{group}" for text, group in zip(hover, kinds, strict=True)]
-    planes: dict[tuple[str, str], np.ndarray] = {}
-    notes = {name: _measured(f, positions, owners) for name, f in features.items()}
-    thumbs = pixels.shrink(np.asarray(thumbnails, np.uint8), 96)
+    if bad := [name for name, f in features.items() if not np.isfinite(f).all()]:
+        raise ValueError(f"features of {bad} are not finite")
+    guesses = _prediction_maps(predictions, list(features))
+    truth = None if labels is None else np.asarray(labels)
+    check_maps(thumbs, labels=truth, **{f"predictions {name}".strip(): maps for name, maps in guesses.items()})
+    check_classes(classes, colours, truth, *guesses.values())
+    given: dict[str, Any] = {"position": places, "patient": [str(p) for p in patients]}
+    if groups is not None:
+        given["group"] = [str(group) for group in groups]
+    if taken := [name for name in columns or {} if name in ("position", "patient", "group")]:
+        raise ValueError(f"columns {taken} are there already: give them another name")
+    table = {name: _Colouring(name, values, count) for name, values in {**given, **(columns or {})}.items()}
+    for name, value, known in (("colour", colour, tuple(table)), ("projection", projection, (None, *PROJECTIONS))):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
 
-    def plane(name: str, kind: str) -> np.ndarray:
-        if (name, kind) not in planes:
-            planes[name, kind] = project(features[name], kind, seed=seed, perplexity=perplexity)
-        return planes[name, kind]
+    small = pixels.shrink(np.asarray(thumbs, np.uint8), 96)
+    maps = {
+        "label": None if truth is None else pixels.shrink(truth.astype(np.uint8), 96),
+        "predictions": {name: pixels.shrink(one.astype(np.uint8), 96) for name, one in guesses.items()},
+        "colours": list(colours),
+    }
+    board = _Board(features, table, small, maps, _hover_texts(table), title, seed)
+    board.controls = _controls(board, colour, projection, seed, perplexity)
+    board.answer(board.figures["embedding"])
+    board.draw()
+    _observe(board)
+    controls = board.controls
+    shown = board.names()
+    alt = (
+        f"{title}: {count:,} points of {len(np.unique(board.owners))} patients on a plane "
+        f"({controls['projection'].value}), coloured by {colour}, for {' and '.join(shown)}."
+    )
+    tip = "click a point. Are its neighbours from the same height of <i>other</i> patients? Then colour by patient, "
+    tip += "and draw a lasso around a cluster: is it one patient?"
+    keys = [["projection", "dimensions", "colour"], ["perplexity", "seed", "point"]]
+    keys += [[name for name in ("only patient", "only group", "selected only") if name in controls]]
+    keys += [["left", "right"]] if "left" in controls else []
+    rows = [ipywidgets.HBox([controls[name] for name in names]) for names in keys]
+    below = ipywidgets.HBox([controls["hover"], controls["selection"]])
+    parts = [hint(tip), *rows, controls["note"], controls["legend"], board.body, below, controls["strip"]]
+    return Explorer(stack(*parts), _twin(board, colour), alt, controls, board.figures)
 
-    shown = list(features)[:2]
-    twin = _scatter({n: plane(n, projection) for n in shown}, positions, hover, notes, f"{title} ({projection})")
-    figure = go.FigureWidget(twin)
-    drawn = len(shown)
-    for axis in ["", "2"][:drawn]:
-        ring = {
-            "mode": "markers",
-            "showlegend": False,
-            "hoverinfo": "skip",
-            "x": [],
-            "y": [],
-            "xaxis": f"x{axis}",
-            "yaxis": f"y{axis}",
-        }
-        figure.add_trace(
-            go.Scatter(**ring, marker={"size": 15, "symbol": "circle-open", "color": INK, "line": {"width": 2}})
-        )
-        figure.add_trace(
-            go.Scatter(
-                **ring, marker={"size": 19, "symbol": "circle-open", "color": DISAGREEMENT, "line": {"width": 3.5}}
-            )
-        )
 
-    menu: dict[str, Any] = {"layout": ipywidgets.Layout(width="230px"), "style": {"description_width": "76px"}}
-    controls: dict[str, ipywidgets.ValueWidget] = {
-        "colour": ipywidgets.Dropdown(
-            options=["position", "patient", *["group"] * (kinds is not None)], description="colour by", **menu
+def _hover_texts(table: Mapping[str, _Colouring]) -> list[str]:
+    """One text per point: patient, position, then whatever else is known of it."""
+    lines = [table["patient"].values, [f"position {p:.2f}" for p in table["position"].values]]
+    lines += [table["group"].values] if "group" in table else []
+    for name, column in table.items():
+        if name not in ("position", "patient", "group"):
+            lines.append([f"{name} {value:.3g}" if column.number else f"{name} {value}" for value in column.values])
+    return ["<br>".join(map(str, line)) for line in zip(*lines, strict=True)]
+
+
+def _controls(board: _Board, colour: str, projection: str | None, seed: int, perplexity: float) -> dict[str, Any]:
+    """All controls by name, and the places for text."""
+    menu: dict[str, Any] = {"layout": ipywidgets.Layout(width="236px"), "style": {"description_width": "76px"}}
+    kind = projection or ("t-SNE" if board.count <= TSNE_POINTS else "PCA")
+    steps = sorted({*(p for p in _PERPLEXITIES if p < min(board.count, TSNE_POINTS) / 3), perplexity})
+    made: dict[str, Any] = {
+        "projection": ipywidgets.Dropdown(options=PROJECTIONS, value=kind, description="projection", **menu),
+        "dimensions": ipywidgets.ToggleButtons(
+            options=["2D", "3D"], style={"button_width": "60px"}, layout=ipywidgets.Layout(width="236px")
         ),
-        "projection": ipywidgets.Dropdown(options=PROJECTIONS, value=projection, description="projection", **menu),
+        "colour": ipywidgets.Dropdown(options=list(board.columns), value=colour, description="colour by", **menu),
+        "perplexity": ipywidgets.SelectionSlider(
+            options=[(f"{step:g}", step) for step in steps],
+            value=perplexity,
+            description="perplexity",
+            continuous_update=False,
+            **menu,
+        ),
+        "seed": ipywidgets.IntSlider(
+            value=seed, min=0, max=max(9, seed), description="seed", continuous_update=False, **menu
+        ),
         "point": ipywidgets.IntSlider(
-            value=0, min=0, max=count - 1, description="point", continuous_update=False, **menu
+            value=0, min=0, max=board.count - 1, description="point", continuous_update=False, **menu
         ),
     }
-    if len(features) > 2:
-        for side, name in zip(("left", "right"), shown, strict=True):
-            controls[side] = ipywidgets.Dropdown(options=list(features), value=name, description=side, **menu)
-    legend, strip = ipywidgets.HTML(), ipywidgets.HTML()
-
-    def names() -> list[str]:
-        return [controls[s].value for s in ("left", "right")] if "left" in controls else shown
-
-    def mark(change: object = None) -> None:
-        point, kind = controls["point"].value, controls["projection"].value
-        found = {name: nearest(features[name], point) for name in dict.fromkeys(names())}
-        for i, name in enumerate(names()):
-            at = plane(name, kind)
-            redraw(figure.data[drawn + 2 * i], x=at[found[name], 0], y=at[found[name], 1])
-            redraw(figure.data[drawn + 2 * i + 1], x=at[[point], 0], y=at[[point], 1])
-        strip.value = _strip(point, found, thumbs, positions, owners, hover)
-
-    def move(change: object = None) -> None:
-        kind = controls["projection"].value
-        for i, name in enumerate(names()):
-            redraw(figure.data[i], x=plane(name, kind)[:, 0], y=plane(name, kind)[:, 1])
-        with figure.batch_update():
-            for i, name in enumerate(names()):
-                figure.layout.annotations[i].text = f"<b>{name}</b>"
-                figure.layout.annotations[drawn + i].text = notes[name]
-            figure.layout.title.text = f"{title} ({kind})"
-        mark()
-
-    def paint(change: object = None) -> None:
-        by = controls["colour"].value
-        values = {"patient": list(owners), "group": kinds}.get(by)
-        palette = category_colours(values) if values is not None else {}
-        colours = [palette[v] for v in values] if values is not None else positions.round(3)
-        with figure.batch_update():
-            for i in range(drawn):
-                figure.data[i].marker.color = colours
-            figure.layout.coloraxis.showscale = values is None
-        legend.value = f'<div style="{_TEXT}">{_chips(palette)}</div>'
-
-    def click(trace: Any, points: Any, state: Any) -> None:
-        if points.point_inds:
-            controls["point"].value = points.point_inds[0]
-
-    for name, answer in _observers(mark, move, paint).items():
-        if name in controls:
-            controls[name].observe(answer, names="value")
-    for trace in figure.data[:drawn]:
-        trace.on_click(click)
-    mark()
-    tip = "click a point. Are its neighbours from the same height of <i>other</i> patients? Then colour by patient."
-    rows = [ipywidgets.HBox([controls[k] for k in ("projection", "colour", "point")])]
-    rows += [ipywidgets.HBox([controls["left"], controls["right"]])] if "left" in controls else []
-    alt = (
-        f"{title}: {count} slices of {len(set(owners))} patients as points on a plane ({projection}), coloured by "
-        f"position, for {' and '.join(shown)}."
+    for name in ("patient", "group"):
+        if name in board.columns:
+            choices = [_EVERYBODY, *sorted(set(board.columns[name].values.tolist()))]
+            made[f"only {name}"] = ipywidgets.Dropdown(options=choices, description=f"only {name}", **menu)
+    made["selected only"] = ipywidgets.Checkbox(description="selected points only", indent=False, layout=menu["layout"])
+    if len(board.features) > 2:
+        for side, name in zip(("left", "right"), list(board.features)[:2], strict=True):
+            made[side] = ipywidgets.Dropdown(options=list(board.features), value=name, description=side, **menu)
+    made |= {name: ipywidgets.HTML() for name in ("note", "legend", "strip", "selection")}
+    made["hover"] = ipywidgets.HTML(
+        panels.block("The point under the mouse is shown here."), layout=ipywidgets.Layout(width="210px")
     )
-    return Explorer(
-        stack(hint(tip), *rows, legend, figure, strip), twin, alt, {**controls, "strip": strip}, {"embedding": figure}
-    )
+    return made
 
 
-_TEXT = "color:var(--jp-ui-font-color1,#1f2933);font-size:12px;line-height:1.35;max-width:720px"
+def _observe(board: _Board) -> None:
+    answers: dict[str, Callable] = {"point": board.mark, "colour": board.paint}
+    for name, control in board.controls.items():
+        if not isinstance(control, ipywidgets.HTML):
+            control.observe(answers.get(name, board.draw), names="value")
 
 
-def _observers(mark: Callable, move: Callable, paint: Callable) -> dict[str, Callable]:
-    return {"point": mark, "projection": move, "left": move, "right": move, "colour": paint}
-
-
-def _strip(
-    point: int,
-    found: Mapping[str, np.ndarray],
-    thumbs: np.ndarray,
-    positions: np.ndarray,
-    owners: np.ndarray,
-    hover: Sequence[str],
-) -> str:
-    """The chosen slice and, one line per method, its neighbours with what they share with it, as HTML."""
-
-    def cell(index: int, colour: str) -> str:
-        text = hover[index].replace("<br>", ", ")
-        source = pixels.data_uri(pixels.blend(thumbs[index]))
-        frame = f"width:76px;height:76px;border-radius:6px;border:2px solid {colour};display:block"
-        return (
-            f'<figure style="margin:0;width:80px"><img src="{source}" alt="{escape(text)}" style="{frame}">'
-            f'<figcaption style="font-size:11px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis">'
-            f"{escape(str(owners[index]))}<br>position {positions[index]:.2f}</figcaption></figure>"
-        )
-
-    lines = []
-    for name, indices in found.items():
-        away = np.abs(positions[indices] - positions[point]).mean()
-        others = int((owners[indices] != owners[point]).sum())
-        shared = f"neighbours {away:.2f} away in position, {others} of {len(indices)} from other patients"
-        pictures = "".join(cell(int(i), "#8a94a0") for i in indices)
-        lines.append(
-            f'<div style="margin:8px 0 3px"><b>{escape(name)}</b>: {shared}</div>'
-            f'<div style="display:flex;gap:10px">{cell(point, DISAGREEMENT)}'
-            f'<span style="align-self:center;margin-top:-24px">&rarr;</span>{pictures}</div>'
-        )
-    return f'<div style="{_TEXT}">{"".join(lines)}</div>'
+def _twin(board: _Board, colour: str) -> go.Figure:
+    """The live picture without its rings; names of colours in a legend where it has no scale."""
+    twin = go.Figure(board.figures["embedding"])
+    twin.data = twin.data[: board.panels]
+    palette = board.columns[colour].palette
+    if 0 < len(palette) <= len(CATEGORIES):
+        for name, shade in palette.items():
+            twin.add_scatter(x=[None], y=[None], mode="markers", marker={"color": shade}, name=name)
+        twin.update_layout(legend={"orientation": "v", "y": 0.5})
+    return twin

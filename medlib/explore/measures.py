@@ -1,10 +1,13 @@
 """Numbers for what the eye sees in an embedding, computed in the full feature space. Deterministic."""
 
 import numpy as np
+from scipy.spatial.distance import cdist
 from scipy.stats import spearmanr
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
+_ROWS = 256  # of the matrix of all pairs that are held at a time
 
 
 def _check(features: np.ndarray, positions: np.ndarray, patients: np.ndarray | None = None) -> None:
@@ -52,17 +55,21 @@ def direction_alignment(
     """
     features, positions, patients = np.asarray(features, np.float64), np.asarray(positions), np.asarray(patients)
     _check(features, positions, patients)
-    total, count = np.zeros(features.shape[1]), 0
-    for i in range(len(features)):  # one row of pairs at a time: (N,D), never (N,N,D)
-        later = (positions > positions[i] + 1e-6) & (patients != patients[i])
-        steps = features[later] - features[i]
-        length = np.linalg.norm(steps, axis=1)
-        moved = length > 1e-12
-        total += (steps[moved] / length[moved, None]).sum(axis=0)
+    # The sum of (f_j - f_i) / |f_j - f_i| is the sum of w_ij f_j - w_ij f_i with w = 1 / |f_j - f_i|: no (N,N,D).
+    features = features - features.mean(axis=0)  # no step changes, and the two sums cancel less
+    _, owner = np.unique(patients, return_inverse=True)
+    balance, count = np.zeros(len(features)), 0
+    for rows in np.array_split(np.arange(len(features)), -(-len(features) // _ROWS)):
+        later = (positions > positions[rows, None] + 1e-6) & (owner != owner[rows, None])
+        length = cdist(features[rows], features)
+        moved = later & (length > 1e-12)
+        weights = np.where(moved, 1 / np.where(moved, length, 1), 0)
+        balance += weights.sum(axis=0)
+        balance[rows] -= weights.sum(axis=1)
         count += int(moved.sum())
     if count == 0:
         return float("nan")
-    mean = total / count
+    mean = balance @ features / count
     towards = mean if direction is None else np.asarray(direction, np.float64)
     return float(mean @ towards / max(float(np.linalg.norm(towards)), 1e-12))
 

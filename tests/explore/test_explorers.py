@@ -187,16 +187,6 @@ def test_live_curves_draw_while_running_and_end_as_a_picture(displayed):
         live_curves(["a"]).finish()
 
 
-def test_projections_are_repeatable_and_centred():
-    features = cloud()[0]["line"]
-    for kind in ("PCA", "t-SNE"):
-        plane = project(features, kind)
-        np.testing.assert_array_equal(plane, project(features, kind))
-        assert plane.shape == (40, 2) and np.abs(plane).max() == pytest.approx(1)
-    with pytest.raises(ValueError, match="UMAP"):
-        project(features, "UMAP")
-
-
 def test_nearest_is_by_angle_and_leaves_the_point_out():
     angles = np.radians([0, 10, 40, 90, 180])
     features = np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.array([[1], [9], [1], [5], [1]])
@@ -213,6 +203,7 @@ def test_embedding_explorer_follows_clicks_and_menus():
     assert "patient001" in controls["strip"].value and controls["strip"].value.count("<img") == 14
     plane = project(methods["line"].astype(np.float32), "PCA")
     np.testing.assert_array_equal(figure.data[4].x, plane[nearest(methods["line"].astype(np.float32), 11), 0])
+    assert "trustworthiness" in figure.layout.annotations[3].text
     controls["colour"].value = "patient"
     assert len(set(figure.data[0].marker.color)) == 5 and figure.layout.coloraxis.showscale is False
     controls["colour"].value = "position"
@@ -229,6 +220,153 @@ def test_embedding_explorer_follows_clicks_and_menus():
     assert "twice" in three.figures["embedding"].layout.annotations[0].text
     with pytest.raises(ValueError, match="lengths differ"):
         embedding_explorer(methods, positions[:-1], patients, thumbnails)
+
+
+def test_a_lasso_selects_in_both_panels_and_says_what_is_shared():
+    methods, positions, patients, thumbnails = cloud()
+    explorer = embedding_explorer(
+        methods, positions, patients, thumbnails, ["ED", "ES"] * 20, projection="PCA", columns={"error": positions * 2}
+    )
+    figure, controls = explorer.figures["embedding"], explorer.controls
+    assert "Draw a lasso" in controls["selection"].value
+    rows = [0, 2, 8, 10]  # two of each of two patients, all ED
+    for trace, found in zip(figure.data[:2], (rows, []), strict=True):  # a page tells every trace, most of nothing
+        trace._dispatch_on_selection(SimpleNamespace(point_inds=found), None)
+    assert list(figure.data[0].selectedpoints) == list(figure.data[1].selectedpoints) == rows
+    for trace, found in zip(figure.data[:2], ([], rows[:3]), strict=True):  # a lasso in the other panel
+        trace._dispatch_on_selection(SimpleNamespace(point_inds=found), None)
+    assert list(figure.data[0].selectedpoints) == list(figure.data[1].selectedpoints) == rows[:3]
+    figure.data[0]._dispatch_on_selection(SimpleNamespace(point_inds=rows), None)
+    text = controls["selection"].value
+    assert "4 of 40 points selected" in text and "patient001: 2 (50%; all 20%)" in text and "ED: 4 (100%" in text
+    assert f"{positions[rows].mean():.3g} ± {positions[rows].std():.2g}" in text
+    assert f"{2 * positions[rows].mean():.3g} ± {2 * positions[rows].std():.2g}" in text  # the further column
+    unit = methods["line"][rows] / np.linalg.norm(methods["line"][rows], axis=1, keepdims=True)
+    cosine = (unit @ unit.T)[np.triu_indices(4, 1)].mean()
+    assert "mean cosine, line</th>" in text and f">{cosine:.2f}<" in text
+    controls["selected only"].value = True
+    assert np.isfinite(figure.data[1].x).sum() == 4 and "4 of 40 shown" in figure.layout.title.text
+    for trace in figure.data[:2]:
+        trace._dispatch_on_deselect(SimpleNamespace(point_inds=[]))
+    assert figure.data[0].selectedpoints is None and np.isfinite(figure.data[1].x).all()
+
+
+def test_filters_leave_out_points_but_not_their_numbers():
+    methods, positions, patients, thumbnails = cloud()
+    explorer = embedding_explorer(methods, positions, patients, thumbnails, ["ED", "ES"] * 20, projection="PCA")
+    figure, controls = explorer.figures["embedding"], explorer.controls
+    controls["only patient"].value = "patient002"
+    assert np.flatnonzero(np.isfinite(figure.data[0].x)).tolist() == list(range(16, 24))
+    assert "8 of 40 points shown" in controls["selection"].value
+    controls["only group"].value = "ES"
+    assert np.flatnonzero(np.isfinite(figure.data[1].y)).tolist() == [17, 19, 21, 23]
+    controls["only patient"].value = controls["only group"].value = "all"
+    assert np.isfinite(figure.data[0].x).all() and "shown" not in figure.layout.title.text
+
+
+def test_three_dimensions_have_their_own_figure():
+    methods, positions, patients, thumbnails = cloud()
+    explorer = embedding_explorer(methods, positions, patients, thumbnails, projection="PCA")
+    assert set(explorer.figures) == {"embedding"}
+    explorer.controls["colour"].value = "patient"
+    explorer.controls["dimensions"].value = "3D"
+    space = explorer.figures["space"]
+    flat = project(methods["line"].astype(np.float32), "PCA", dimensions=3)
+    np.testing.assert_array_equal(space.data[1].z, flat[:, 2])
+    assert len(set(space.data[0].marker.color)) == 5 and "trustworthiness" in space.layout.annotations[2].text
+    space.data[0]._dispatch_on_click(SimpleNamespace(point_inds=[7]), None)
+    assert explorer.controls["point"].value == 7
+    np.testing.assert_array_equal(space.data[5].z, flat[[7], 2])
+    explorer.controls["dimensions"].value = "2D"
+    np.testing.assert_allclose(explorer.figures["embedding"].data[5].x, flat[[7], 0], atol=1e-5)
+
+
+def test_perplexity_and_seed_move_tsne_alone():
+    methods, positions, patients, thumbnails = cloud()
+    explorer = embedding_explorer(methods, positions, patients, thumbnails)
+    figure, controls = explorer.figures["embedding"], explorer.controls
+    assert controls["projection"].value == "t-SNE" and "cluster" in controls["note"].value
+    before = np.array(figure.data[0].x)
+    controls["perplexity"].value = 5
+    moved = np.array(figure.data[0].x)
+    assert not np.array_equal(before, moved)
+    np.testing.assert_array_equal(moved, project(methods["noise"].astype(np.float32), "t-SNE", perplexity=5)[:, 0])
+    controls["projection"].value = "PCA"
+    assert controls["perplexity"].disabled and controls["seed"].disabled and "overlap" in controls["note"].value
+
+
+def test_a_chosen_slice_shows_label_and_prediction():
+    methods, positions, patients, thumbnails = cloud()
+    label = np.zeros((40, 32, 32), np.uint8)
+    label[:, 8:16, 8:16] = 1
+    wrong = np.roll(label, 2, axis=2)  # 2 columns of 8 pixels on either side: 32 of 1024
+    maps = {"labels": label, "classes": CLASSES, "colours": COLOURS}
+    explorer = embedding_explorer(
+        methods, positions, patients, thumbnails, projection="PCA", predictions={"line": wrong}, **maps
+    )
+    assert explorer.controls["strip"].value.count("<img") == 14 + 3  # slice, label, prediction
+    assert "line, 3.1 % differ" in explorer.controls["strip"].value
+    alone = embedding_explorer(methods, positions, patients, thumbnails, projection="PCA", predictions=wrong, **maps)
+    assert "prediction, 3.1 % differ" in alone.controls["strip"].value
+    explorer.figures["embedding"].data[0]._dispatch_on_hover(SimpleNamespace(point_inds=[9]), None)
+    assert "patient001" in explorer.controls["hover"].value and "<img" in explorer.controls["hover"].value
+
+
+def test_columns_are_numbers_or_categories():
+    methods, positions, patients, thumbnails = cloud()
+    error = np.where(np.arange(40) % 7, positions, np.nan)
+    columns = {"error": error, "site": ["a", "b"] * 20}
+    explorer = embedding_explorer(
+        methods, positions, patients, thumbnails, columns=columns, projection="PCA", colour="site"
+    )
+    figure, controls = explorer.figures["embedding"], explorer.controls
+    assert list(controls["colour"].options) == ["position", "patient", "error", "site"]
+    assert {trace.name for trace in explorer.twin.data[2:]} == {"a", "b"} and "coloured by site" in explorer.alt
+    controls["colour"].value = "error"
+    axis = figure.layout.coloraxis
+    assert axis.showscale and axis.colorbar.title.text == "error"
+    assert (axis.cmin, axis.cmax) == pytest.approx(np.nanpercentile(error, (1, 99)))
+    assert "site b" in figure.data[0].text[1] and "error 0.25" in figure.data[0].text[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"columns": {"patient": [1] * 40}}, "another name"),
+        ({"columns": {"error": [1.0] * 39}}, "'error' must hold one value"),
+        ({"columns": {"error": [np.nan] * 40}}, "no finite number"),
+        ({"colour": "group"}, "colour must be one of position, patient"),
+        ({"projection": "UMAP"}, "projection must be one of"),
+        ({"labels": np.zeros((40, 8, 8), int)}, "labels must have the shape"),
+        ({"predictions": {"nobody": np.zeros((40, 32, 32), int)}}, "belong to no method"),
+        ({"labels": np.ones((40, 32, 32), int)}, "label value 1 has no class"),
+        ({"methods": {"bad": np.full((40, 5), np.inf)}}, "not finite"),
+    ],
+)
+def test_an_embedding_that_cannot_be_drawn_is_refused(change, message):
+    methods, positions, patients, thumbnails = cloud()
+    given = {"methods": methods, "positions": positions, "patients": patients, "thumbnails": thumbnails}
+    with pytest.raises(ValueError, match=message):
+        embedding_explorer(**{**given, **change})
+
+
+def test_many_points_are_drawn_by_webgl_and_sampled_for_tsne(monkeypatch):
+    count = 10_000
+    rng = numpy_generator(0, "many")
+    positions, patients = rng.random(count), [f"p{i % 30:02d}" for i in range(count)]
+    explorer = embedding_explorer(
+        {"a": rng.normal(size=(count, 4))}, positions, patients, np.zeros((count, 4, 4), np.uint8)
+    )
+    figure, controls = explorer.figures["embedding"], explorer.controls
+    assert controls["projection"].value == "PCA" and isinstance(figure.data[0], go.Scattergl)
+    assert figure.data[0].text is None and np.isfinite(figure.data[0].x).all()
+    module = import_module("medlib.explore.embedding")
+    monkeypatch.setattr(module, "TSNE_POINTS", 60)
+    controls["projection"].value = "t-SNE"
+    shown = np.flatnonzero(np.isfinite(figure.data[0].x))
+    assert len(shown) == 60 and "60 of 10,000 points drawn at random" in figure.layout.title.text
+    controls["point"].value = 9_999
+    assert "p09" in controls["strip"].value
 
 
 def test_loss_explorer_moves_points_and_draws_the_slope():

@@ -21,6 +21,8 @@ CELLS = [
     "curves = live_curves(['loss'], interval=0.0)\n"
     "for step in range(20):\n    curves.update('fit', step, {'loss': 1 / (step + 1)})\n"
     "curves.finish()",
+    "film = history_explorer({'a': {s: rng.normal(size=(24, 8)) for s in (0, 5)}}, positions, patients); film.show();"
+    " film.controls['play'].value = 0; explorer.controls['dimensions'].value = '3D'",
     "show(slice_grid(image, label, label, **look), alt='Six slices.')",
 ]
 
@@ -34,6 +36,6 @@ def test_papermill_runs_every_widget(tmp_path, monkeypatch):
         tmp_path / "widgets.ipynb", tmp_path / "done.ipynb", progress_bar=False, execution_timeout=120
     )
     shown = [[output for output in cell.outputs if output.output_type == "display_data"] for cell in done.cells[1:]]
-    assert [len(outputs) for outputs in shown] == [1, 1, 1, 1, 2, 1]
+    assert [len(outputs) for outputs in shown] == [1, 1, 1, 1, 2, 1, 1]
     assert all(output.data["text/plain"].strip() for outputs in shown for output in outputs)
     assert not [output for cell in done.cells for output in cell.outputs if output.output_type in ("stream", "error")]

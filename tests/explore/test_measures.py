@@ -51,6 +51,22 @@ def test_alignment_counts_only_steps_between_patients():
     assert direction_alignment(features, positions, across) == pytest.approx(np.sqrt(0.5), abs=1e-12)
 
 
+def test_alignment_is_the_mean_over_pairs():
+    features = 50 + numpy_generator(3, "alignment").normal(size=(len(POSITIONS), 5))
+    features[9] = features[0]  # coincident: left out
+    steps = [
+        (features[j] - features[i]) / np.linalg.norm(features[j] - features[i])
+        for i in range(len(features))
+        for j in range(len(features))
+        if POSITIONS[j] > POSITIONS[i] and PATIENTS[i] != PATIENTS[j] and (features[i] != features[j]).any()
+    ]
+    mean = np.mean(steps, axis=0)
+    assert direction_alignment(features, POSITIONS, PATIENTS) == pytest.approx(np.linalg.norm(mean), rel=1e-12)
+    towards = np.arange(5.0)
+    found = direction_alignment(features, POSITIONS, PATIENTS, towards)
+    assert found == pytest.approx(mean @ towards / np.linalg.norm(towards), rel=1e-12)
+
+
 def test_probe_reads_a_linear_position_of_unseen_patients():
     noise = numpy_generator(1, "noise").normal(size=(len(POSITIONS), 4))
     features = np.column_stack([POSITIONS, 0.01 * noise])
