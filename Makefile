@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test unit nbval lab lint notebooks bench clean
+.PHONY: help setup run test unit nbval lab lint notebooks book bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,9 @@ notebooks: setup ## run the committed notebooks again, in place, and tidy them: 
 	$(BIN)/jupyter execute --inplace --timeout=3600 $(NB)
 	$(BIN)/nbstripout --keep-output --keep-count \
 		--extra-keys "metadata.widgets metadata.papermill cell.metadata.papermill cell.metadata.execution" $(NB)
+
+book: setup ## all notebooks as they were run, as a static site in site/ that asks no other host for anything
+	@$(BIN)/python -m medlib book
 
 bench: setup ## time and memory of each loss beside its slow definition
 	@for file in tests/benchmarks/bench_*.py; do \

@@ -89,7 +89,7 @@ def publish(output: Path, notebooks: Path = NOTEBOOKS) -> list[Path]:
             (output / name).write_bytes(png)
         written.append(path)
     index = output / "index.html"
-    index.write_text(templates.get_template("index.html").render(_contents(pages, bodies)), encoding="utf-8")
+    index.write_text(templates.get_template("index.html").render(_contents(pages)), encoding="utf-8")
     return [index, *written]
 
 
@@ -162,15 +162,16 @@ def _below(folder: Path, place: str) -> str:
 
 
 class _Page:
-    """The page of one lesson: its HTML and the pictures it shows."""
+    """The page of one lesson: its HTML, the pictures it shows (the first as ``thumbnail``), and its text alone."""
 
     def __init__(self, lesson: Lesson, lessons: Sequence[Lesson]) -> None:
         self.lesson, self.lessons = lesson, lessons
         self.pictures: dict[str, bytes] = {}
+        self.prose, self.thumbnail = "", ""
         self.highlight = Highlight2HTML(pygments_lexer="python")
 
     def body(self) -> str:
-        """All cells as HTML. ValueError names the notebook and the cell."""
+        """All cells as HTML; fills the attributes. ValueError names the notebook and the cell."""
         parts = []
         for number, cell in enumerate(self.lesson.notebook.cells):
             try:
@@ -181,8 +182,8 @@ class _Page:
 
     def context(self, body: str) -> dict[str, Any]:
         """What the template needs."""
-        soup = BeautifulSoup(body, "html.parser")
-        sections = [(tag["id"], _heading(tag)) for tag in soup.select(".prose h2[id]")]
+        soup = BeautifulSoup(self.prose, "html.parser")
+        sections = [(tag["id"], _heading(tag)) for tag in soup.select("h2[id]")]
         chain = [lesson for lesson in self.lessons if bool(lesson.number) == bool(self.lesson.number)]
         at = chain.index(self.lesson)
         names = {lesson.name: lesson for lesson in self.lessons}
@@ -203,7 +204,9 @@ class _Page:
 
     def _cell(self, cell: nbformat.NotebookNode) -> str:
         if cell.cell_type == "markdown":
-            return f'<div class="prose">{self._markdown(cell.source)}</div>'
+            text = f'<div class="prose">{self._markdown(cell.source)}</div>'
+            self.prose += text
+            return text
         if cell.cell_type != "code" or not cell.source.strip():
             return ""
         outputs = "\n".join(filter(None, map(self._output, cell.outputs)))
@@ -262,7 +265,9 @@ class _Page:
         self.pictures[name] = png
         shown = width or wide
         size = f'width="{shown}" height="{round(high * shown / wide)}"'
-        return f'<img src="{self.lesson.up}{name}" alt="{escape(alt)}" {size} loading="lazy">'
+        tag = f'<img src="{self.lesson.up}{name}" alt="{escape(alt)}" {size} loading="lazy">'
+        self.thumbnail = self.thumbnail or tag
+        return tag
 
 
 def _heading(tag: Any) -> str:
@@ -281,23 +286,25 @@ def _title(soup: BeautifulSoup) -> str:
     return _heading(heading)
 
 
-def _contents(pages: Sequence[_Page], bodies: Sequence[str]) -> dict[str, Any]:
-    """What the index says: of each lesson its title, its first paragraph and its first list, what a reader can do
-    afterwards."""
+def _contents(pages: Sequence[_Page]) -> dict[str, Any]:
+    """What the index says: of each lesson its title, its gist (what its first paragraph emphasises), its
+    first list (what a reader can do afterwards) and its first picture."""
     entries = []
     names = {page.lesson.name for page in pages}
-    for page, body in zip(pages, bodies, strict=True):
+    for page in pages:
         if not page.lesson.number:
             continue
-        soup = BeautifulSoup(body, "html.parser").select_one(".prose")
-        assert soup is not None
+        soup = BeautifulSoup(page.prose, "html.parser")
+        lead, skills = soup.find("p"), soup.find("ul")
+        gist = (lead.find(["em", "strong"], recursive=False) or lead) if lead else None
         solutions = f"{SOLUTIONS}/{page.lesson.name}"
         entries.append(
             {
                 "lesson": page.lesson,
                 "title": _title(soup),
-                "lead": Markup(soup.p.decode_contents()) if soup.p else "",
-                "skills": [Markup(item.decode_contents()) for item in soup.ul.find_all("li")] if soup.ul else [],
+                "lead": Markup(gist.decode_contents()) if gist else "",
+                "skills": [Markup(item.decode_contents()) for item in skills.find_all("li")] if skills else [],
+                "picture": Markup(page.thumbnail),
                 "solutions": f"{solutions}.html" if solutions in names else None,
             }
         )

@@ -17,7 +17,7 @@ def formula(latex: str, block: bool = False) -> str:
     """
     text = latex.strip()
     for unknown, known in _SPELLING.items():
-        text = re.sub(re.escape(unknown) + r"(?![a-zA-Z])", lambda _, known=known: known, text)
+        text = re.sub(re.escape(unknown) + r"(?![a-zA-Z])", known.replace("\\", r"\\"), text)
     try:
         mathml = convert(text, display="block" if block else "inline")
     except Exception as error:  # each of its own dozen classes means the same here
