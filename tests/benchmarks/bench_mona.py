@@ -45,17 +45,22 @@ class Batch:
     head: nn.Linear
 
 
+def hearts(images: int, side: int, generator: torch.Generator) -> Tensor:
+    """Labels (B, side, side): rings of the classes 1 to 3 round a centre that moves, background around them."""
+    axis = torch.linspace(-1, 1, side)
+    centre = 0.4 * torch.rand(images, 2, 1, 1, generator=generator) - 0.2
+    radius = torch.hypot(axis[:, None] - centre[:, 0], axis[None, :] - centre[:, 1])  # (B, side, side)
+    return 3 - torch.bucketize(radius, torch.tensor([0.12, 0.2, 0.3]))
+
+
 def batch(images: int, side: int, dim: int = DIM) -> Batch:
-    """A heart in each image: rings of the classes 1 to 3 round a centre that moves, background around them."""
+    """A heart in each image, maps and head at random, and a prediction that is mostly right."""
     generator = torch.Generator().manual_seed(0)
     maps = [
         torch.randn(images, width, side >> level, side >> level, generator=generator).requires_grad_()
         for level, width in enumerate(WIDTHS)
     ]
-    axis = torch.linspace(-1, 1, side)
-    centre = 0.4 * torch.rand(images, 2, 1, 1, generator=generator) - 0.2
-    radius = torch.hypot(axis[:, None] - centre[:, 0], axis[None, :] - centre[:, 1])  # (B, side, side)
-    labels = 3 - torch.bucketize(radius, torch.tensor([0.12, 0.2, 0.3]))
+    labels = hearts(images, side, generator)
     logits = 6 * F.one_hot(labels, CLASSES).permute(0, 3, 1, 2)
     noise = 2 * torch.randn(images, CLASSES, side, side, generator=generator)
     head = nn.Linear(sum(WIDTHS), dim)
@@ -85,12 +90,16 @@ def contrast_sampled(given: Batch, queries: Tensor, negatives: Tensor, valid: Te
     return anatomical_contrastive_loss(rows, positives, keys, valid=valid)
 
 
+def every_pixel(maps: list[Tensor], head: nn.Linear, size: tuple[int, int]) -> Tensor:
+    """The head on every pixel (B, H * W, D): up-sample, concatenate, 1x1 convolution."""
+    full = torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps], dim=1)
+    dense = F.conv2d(full, head.weight[:, :, None, None], head.bias)  # (B, D, H, W)
+    return dense.flatten(2).transpose(1, 2)  # a view
+
+
 def contrast_dense(given: Batch, queries: Tensor, negatives: Tensor, valid: Tensor) -> Tensor:
-    """The same loss with the head on every pixel: up-sample, concatenate, 1x1 convolution, then pick."""
-    size = given.labels.shape[1:]
-    full = torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in given.maps], dim=1)
-    dense = F.conv2d(full, given.head.weight[:, :, None, None], given.head.bias)  # (B, D, H, W)
-    pixels = dense.flatten(2).transpose(1, 2)  # (B, H * W, D), a view
+    """The same loss with the head on every pixel, from which the rows are picked."""
+    pixels = every_pixel(given.maps, given.head, (given.labels.shape[1], given.labels.shape[2]))
     area = pixels.shape[1]
     rows = pixels[queries // area, queries % area]
     with torch.no_grad():
