@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import shlex
+import tempfile
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,9 +181,22 @@ def start(
         own={name: namespace[name] for name in own},
         notebook=notebook,
     )
-    session.output_dir.mkdir(parents=True, exist_ok=True)
+    make_output(session.output_dir)
     namespace["_medlib_started"] = True
     return session
+
+
+def make_output(folder: Path) -> None:
+    """Make ``output_dir``, and write to it and to what a run fills in it: ValueError now, not after a training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in (folder, folder / "stages", folder / "records"):
+            if part.exists():
+                tempfile.TemporaryFile(dir=part).close()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {str(folder)!r} cannot be written to ({error.strerror}: {error.filename}): choose another"
+        ) from error
 
 
 def public_variables(namespace: Mapping[str, object]) -> set[str]:

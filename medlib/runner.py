@@ -6,6 +6,7 @@ chosen, and the source is only ever read.
 """
 
 import ast
+import builtins
 import difflib
 import hashlib
 import io
@@ -22,6 +23,10 @@ from medlib.paths import NOTEBOOKS, resolve, shorten
 
 TIMEOUTS = {"ci": 600, "laptop": 3600, "paper": 3 * 24 * 3600}
 """Seconds one cell may take, by scale: far above its need: a kernel that hangs ends, one that is slow goes on."""
+
+
+SETUP_CELLS = 4
+"""Parameters, overrides, `start`, and methods with their data: so far a notebook only takes or refuses its input."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,8 @@ def default_output(notebook: Path, values: Mapping[str, object]) -> Path:
     folder = values.get("output_dir", own.default if own else "runs")
     named = [f"{name}={value}" for name, value in values.items() if name != "output_dir"]
     stem = re.sub(r"[^\w.=-]+", "_", "-".join([notebook.stem, *named]))
-    if len(stem) > 120:  # file systems end at 255 bytes
-        stem = f"{stem[:120]}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
+    if len(stem.encode()) > 120:  # file systems end at 255 bytes
+        stem = f"{stem.encode()[:120].decode(errors='ignore')}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
     return resolve(str(folder)) / f"{stem}.ipynb"
 
 
@@ -150,8 +155,9 @@ def run_notebook(
     """Execute ``notebook`` with ``values`` in place of its parameters and write the result to ``output``.
 
     ``timeout`` is in seconds per cell (default: ``TIMEOUTS`` of the scale). ValueError where ``output`` is the source
-    or lies among the sources. Where a cell fails, ``papermill.PapermillExecutionError`` (or nbclient's timeout error)
-    is raised and ``output`` still holds everything up to it.
+    or lies among the sources, and where the notebook's set-up refuses a value or the data: its message, and no
+    ``output``. Where a later cell fails, ``papermill.PapermillExecutionError`` (or nbclient's timeout error) is raised
+    and ``output`` still holds everything up to it.
     """
     import papermill  # this and the next take a second, and only a run needs them
 
@@ -167,19 +173,35 @@ def run_notebook(
     if timeout is None:
         scale = os.environ.get("MEDLIB_SCALE") or str(settings.get("scale", "laptop"))
         timeout = TIMEOUTS.get(scale, TIMEOUTS["laptop"])
+    if timeout < 1:
+        raise ValueError(f"timeout must be at least 1 second, got {timeout}")
+    if output.is_dir():
+        raise ValueError(f"the output {shorten(output)} is a folder: name a file in it, such as {notebook.name}")
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    papermill.execute_notebook(
-        str(notebook),
-        str(output),
-        parameters=dict(values),
-        kernel_name="python3",
-        progress_bar=progress,
-        execution_timeout=timeout,
-    )
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(output),
+            parameters=dict(values),
+            kernel_name="python3",
+            progress_bar=progress,
+            execution_timeout=timeout,
+        )
+    except papermill.PapermillExecutionError as error:
+        if error.exec_count > SETUP_CELLS or not _is_refusal(error.ename):
+            raise
+        output.unlink(missing_ok=True)
+        raise ValueError(error.evalue) from error
     folder = resolve(str(settings.get("output_dir", output.parent)))
     records = [path for path in sorted(folder.rglob(f"*{SUFFIX}")) if path.stat().st_mtime >= started]
     return Run(output, tuple(records), time.time() - started)
+
+
+def _is_refusal(name: str) -> bool:
+    """Whether an error of this name says that a value, a file or a folder cannot be used."""
+    kind = getattr(builtins, name, None)
+    return name in ("ValueError", "DataError") or (isinstance(kind, type) and issubclass(kind, OSError))
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -125,6 +125,23 @@ def test_a_failing_cell_is_exit_1_and_leaves_the_notebook(notebook: Path, capfd:
     assert "ratio is 5.0" in printed(notebook.parent / "runs" / "tiny-ratio=5.0.ipynb")
 
 
+@pytest.mark.parametrize("error", ["ValueError('tau must be positive, got 0')", "FileNotFoundError(2, 'absent', 'x')"])
+def test_what_the_set_up_refuses_is_one_line_and_exit_2(
+    notebook: Path, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(notebook, f"raise {error}")
+    assert main(["run", str(notebook), "-p", "ratio", "0.5"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told in ("medlib: tau must be positive, got 0", "medlib: [Errno 2] absent: 'x'")
+    assert not list((notebook.parent / "runs").glob("*.ipynb"))
+
+
+def test_the_same_error_later_is_a_failure(notebook: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write(notebook, "1", "2", "3", "raise ValueError('late')")
+    assert main(["run", str(notebook), "-p", "ratio", "0.5"]) == 1
+    assert "Traceback" in capfd.readouterr().err and (notebook.parent / "runs" / "tiny-ratio=0.5.ipynb").exists()
+
+
 def test_a_cell_that_hangs_is_ended(notebook: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write(notebook, "print('before')", "import time\ntime.sleep(90)")
     assert main(["run", str(notebook), "--timeout", "5"]) == 1
@@ -142,6 +159,8 @@ def test_a_cell_that_hangs_is_ended(notebook: Path, capfd: pytest.CaptureFixture
         (["-p", "soft", "1"], "soft must be a bool"),
         (["-p", "soft", "true"], "soft must be a bool"),
         (["-o", "tiny.ipynb"], "tiny.ipynb is a source"),
+        (["-o", "."], "is a folder: name a file in it"),
+        (["--timeout", "0"], "timeout must be at least 1 second, got 0"),
         (["-o", str(paths.NOTEBOOKS / "out.ipynb")], "notebooks/out.ipynb is a source"),
     ],
 )
@@ -189,6 +208,8 @@ def test_the_output_tells_overrides_apart(notebook: Path, tmp_path: Path) -> Non
     assert runner.default_output(notebook, {"output_dir": "elsewhere"}) == tmp_path / "elsewhere" / "tiny.ipynb"
     one, two = (runner.default_output(notebook, {"data_root": f"/{'long' * 50}/{end}"}) for end in "ab")
     assert one != two and one.parent == folder and len(one.name) < 200
+    letters = runner.default_output(notebook, {"data_root": "é" * 200})  # two bytes each
+    assert len(letters.name.encode()) < 200
 
 
 def test_the_time_limit_follows_the_scale(notebook: Path, monkeypatch: pytest.MonkeyPatch) -> None:

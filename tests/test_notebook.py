@@ -64,6 +64,20 @@ def test_a_value_out_of_range_is_refused(namespace: dict[str, object], name: str
         start(namespace, own=["variant"])
 
 
+@pytest.mark.parametrize("place", ["runs", "runs/stages", "runs/records", "."])
+def test_an_output_that_cannot_be_written_is_refused_at_the_start(
+    namespace: dict[str, object], tmp_path: Path, place: str
+) -> None:
+    blocked = tmp_path / place / ("runs" if place == "." else "")
+    if place != "." and place != "runs":
+        (tmp_path / "runs").mkdir()
+    blocked.write_text("a file")
+    if place == ".":
+        namespace["output_dir"] = str(blocked / "below")
+    with pytest.raises(ValueError, match=rf"output_dir .*cannot be written to .*{re.escape(str(blocked))}"):
+        start(namespace, own=["variant"])
+
+
 def test_a_notebook_about_one_anatomy_refuses_others_and_says_what_to_do(namespace: dict[str, object]) -> None:
     namespace["dataset"] = "btcv"
     with pytest.raises(ValueError, match=r"shows acdc, not 'btcv'.*medlib check btcv FOLDER"):

@@ -87,9 +87,20 @@ def _put(figure: go.Figure, picture: np.ndarray, place: tuple, layer: str = "bel
 def _check_match(match: np.ndarray, cells: tuple[int, int], name: str) -> np.ndarray:
     match = np.asarray(match)
     count = cells[0] * cells[1]
-    if match.shape != (count,) or match.min() < NO_MATCH or match.max() >= count:
+    whole = match.dtype.kind in "iu" and match.shape == (count,) and count > 0
+    if not whole or match.min() < NO_MATCH or match.max() >= count:
         raise ValueError(f"{name} must name a cell (0 to {count - 1}, or {NO_MATCH}) for each of {count} cells")
     return match
+
+
+def _check_views(**views: np.ndarray) -> list[np.ndarray]:
+    """Pictures of one size as arrays, (S,S) or stacks (K,S,S)."""
+    arrays = [np.asarray(view) for view in views.values()]
+    shape = arrays[0].shape
+    for name, array in zip(views, arrays, strict=True):
+        if len(shape) != 2 or array.ndim not in (2, 3) or array.shape[-2:] != shape:
+            raise ValueError(f"{name} must be a picture, (S,S) like the first view {shape}, got {array.shape}")
+    return arrays
 
 
 def correspondence_figure(
@@ -107,6 +118,7 @@ def correspondence_figure(
     truth: (h*w,) int, the match by geometry, `NO_MATCH` where there is none: lines are then coloured right or wrong,
     and the name is followed by how many are right.
     """
+    first, second = _check_views(first=first, second=second)
     named = {name: _check_match(match, cells, f"match {name!r}") for name, match in matches.items()}
     truth = None if truth is None else _check_match(truth, cells, "truth")
     columns = min(2, len(named))
@@ -170,7 +182,8 @@ def correspondence_explorer(
     the three most similar distractors. Controls: ``cell``, and ``shown`` where there are several names.
     """
     count = cells[0] * cells[1]
-    slices = np.asarray(others) if others is not None else np.empty((0, *first.shape))
+    others = np.empty((0, *np.shape(first))) if others is None else others
+    first, second, slices = _check_views(first=first, second=second, others=others)
     tables = {name: np.asarray(table, np.float64) for name, table in similarities.items()}
     for name, table in tables.items():
         if table.shape != (count, (1 + len(slices)) * count):
@@ -178,6 +191,8 @@ def correspondence_explorer(
             raise ValueError(
                 f"similarities {name!r} must be {wanted}: cells of {1 + len(slices)} pictures, got {table.shape}"
             )
+        if not count or not np.isfinite(table).all():
+            raise ValueError(f"similarities {name!r} must be finite numbers, of at least one cell")
     if not tables:
         raise ValueError("similarities is empty: give at least one name with its table")
     truth = None if truth is None else _check_match(truth, cells, "truth")
@@ -340,6 +355,9 @@ def decoder_grid(
     for name, two in decisions.items():
         if np.shape(two) != (2, *label.shape):
             raise ValueError(f"decisions {name!r} must be (2,{label.shape[0]},{label.shape[1]}), got {np.shape(two)}")
+    if np.shape(image) != label.shape:
+        raise ValueError(f"image must be of the label's size {label.shape}, got {np.shape(image)}")
+    decisions = {name: np.asarray(two) for name, two in decisions.items()}
     box = pixels.focus(label)
     gray = pixels.to_gray(np.asarray(image, np.float32))[box]
 
@@ -376,16 +394,16 @@ def cluster_grid(
     images, labels: (N,H,W) · clusters: name -> (N,h,w) int, one row each; a colour means nothing but "the same cluster"
     within a row · titles: N texts.
     """
-    gray = pixels.to_gray(np.asarray(images, np.float32))
-    rows = {
-        "label": [
-            pixels.blend(g, pixels.label_overlay(m, colours)) for g, m in zip(gray, np.asarray(labels), strict=True)
-        ]
-    }
+    images, labels = np.asarray(images, np.float32), np.asarray(labels)
+    if images.ndim != 3 or labels.shape != images.shape or not len(images):
+        raise ValueError(f"images and labels must be (N,H,W), at least one, got {images.shape} and {labels.shape}")
+    gray = pixels.to_gray(images)
+    rows = {"label": [pixels.blend(g, pixels.label_overlay(m, colours)) for g, m in zip(gray, labels, strict=True)]}
     size = gray.shape[1:]
-    for name, maps in clusters.items():
-        if len(maps) != len(gray):
-            raise ValueError(f"clusters {name!r} must have one map for each of {len(gray)} slices, got {len(maps)}")
+    for name, maps in ((name, np.asarray(maps)) for name, maps in clusters.items()):
+        if maps.ndim != 3 or len(maps) != len(gray):
+            wanted = f"one map (h,w) for each of {len(gray)} slices"
+            raise ValueError(f"clusters {name!r} must have {wanted}, got {maps.shape}")
         palette = ["#000000", *(CATEGORIES[i % len(CATEGORIES)] for i in range(int(np.max(maps)) + 1))]
         row = (np.arange(size[0]) * maps.shape[1] // size[0])[:, None]
         column = np.arange(size[1]) * maps.shape[2] // size[1]
@@ -402,7 +420,9 @@ def cell_classes(labels: np.ndarray, cells: tuple[int, int], share: float = 0.25
     """The structure that a cell shows, (N,h,w) int: of ``labels`` (N,H,W) the commonest class but 0 where all of them
     together fill ``share`` of the cell or more, else 0. H and W must be multiples of ``cells`` (h,w)."""
     labels = np.asarray(labels)
-    if labels.ndim != 3 or labels.shape[1] % cells[0] or labels.shape[2] % cells[1]:
+    if labels.ndim != 3 or labels.dtype.kind not in "iub" or not labels.size or min(cells) < 1:
+        raise ValueError(f"labels must be whole numbers (N,H,W), cells at least 1 x 1, got {labels.shape} and {cells}")
+    if labels.shape[1] % cells[0] or labels.shape[2] % cells[1]:
         raise ValueError(f"labels must be (N,H,W) with H, W multiples of the cells {cells}, got {labels.shape}")
     count = int(labels.max()) + 1
     blocks = labels.reshape(len(labels), cells[0], labels.shape[1] // cells[0], cells[1], labels.shape[2] // cells[1])
@@ -421,6 +441,10 @@ def neighbour_agreement(features: np.ndarray, kinds: np.ndarray, owners: np.ndar
     features, kinds, owners = np.asarray(features), np.asarray(kinds), np.asarray(owners)
     if features.ndim != 2 or kinds.shape != (len(features),) or owners.shape != kinds.shape:
         raise ValueError(f"need one kind and owner per row, got {features.shape}, {kinds.shape} and {owners.shape}")
+    if not np.isfinite(features).all():
+        raise ValueError("features hold values that are infinite or not a number")
+    if not len(features):
+        return float("nan")
     rows = unit(features)
     likeness = np.where(owners[:, None] == owners, -np.inf, rows @ rows.T)
     same = kinds[likeness.argmax(axis=1)] == kinds

@@ -28,6 +28,8 @@ CHUNK = 2**22
 NO_MATCH = -1
 """In a correspondence: this cell has no partner in the other view and is left out."""
 
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def dense_correspondence_by_definition(query: Tensor, key: Tensor) -> Tensor:
     """For each cell i of each query map, argmax_j cos(q_i, k_j). Same arguments and value as `dense_correspondence`."""
@@ -125,8 +127,9 @@ def distinct_match_fraction(correspondence: Tensor) -> Tensor:
     all share one: features that have collapsed. Matches drawn at random give about 1 - 1/e = 0.63.
     """
     check_shapes(correspondence=(correspondence, "BS"))
+    _check_correspondence(correspondence, *correspondence.shape)
     matched = correspondence >= 0  # (B, S)
-    slot = correspondence.masked_fill(~matched, correspondence.shape[1])  # those without a match go to an extra column
+    slot = correspondence.long().masked_fill(~matched, correspondence.shape[1])  # no match: to an extra column
     hit = torch.zeros(len(slot), slot.shape[1] + 1, device=slot.device).scatter_(1, slot, 1)[:, :-1]
     cells = matched.sum(dim=1)
     return (hit.sum(dim=1) / cells.clamp(min=1)).sum() / (cells > 0).sum().clamp(min=1)
@@ -176,8 +179,12 @@ def local_contrastive_loss(
         raise ValueError("queue and queue_valid belong together: give both or neither")
     if queue is not None and queue_valid is not None:
         check_shapes(query=(query, "BDhw"), queue=(queue, "KD"), queue_valid=(queue_valid, "BK"))
+        if queue_valid.dtype != torch.bool:
+            raise ValueError(f"queue_valid must be bool, got {queue_valid.dtype}")
     if images is not None:
         check_shapes(query=(query, "BDhw"), images=(images, "B"))
+        if images.is_floating_point():  # NaN would make an image its own negative
+            raise ValueError(f"images must be of an integer type, got {images.dtype}")
     if batch == 1:
         raise ValueError("a batch of one image has no negatives: local_contrastive_loss needs B >= 2")
     if query.numel() == 0:
@@ -206,9 +213,13 @@ def _unit_cells(maps: Tensor) -> Tensor:
 
 
 def _check_correspondence(correspondence: Tensor, batch: int, cells: int) -> None:
-    if correspondence.shape != (batch, cells) or correspondence.is_floating_point():
+    wanted = f"a tensor (B, h*w) = ({batch}, {cells}) of a signed integer type"
+    if not isinstance(correspondence, Tensor):
+        raise ValueError(f"correspondence must be {wanted}, got a {type(correspondence).__name__}")
+    # a mask would be read as cells 0 and 1, and without a sign `NO_MATCH` is cell 255
+    if correspondence.shape != (batch, cells) or correspondence.dtype not in SIGNED:
         got = f"{tuple(correspondence.shape)} {correspondence.dtype}"
-        raise ValueError(f"correspondence must be (B, h*w) = ({batch}, {cells}) of an integer type, got {got}")
+        raise ValueError(f"correspondence must be {wanted}, got {got}")
     if correspondence.device.type != "cpu" or not correspondence.numel():
         return  # to look would be to wait for the device, which refuses an index out of range by itself
     if not NO_MATCH <= int(correspondence.min()) <= int(correspondence.max()) < cells:

@@ -342,6 +342,10 @@ class Ideal(Method):
         stride = 32 if self.encoder == "resnet50" else 16
         if self.image_size % stride:
             raise ValueError(f"image_size must be a multiple of {stride} for {self.encoder}, got {self.image_size}")
+        if self.spacing is not None and not 0 < self.spacing < math.inf:
+            raise ValueError(f"spacing must be positive (mm) or None, got {self.spacing}")
+        if not isinstance(self.augmentation, GeometricAugmentation):
+            raise ValueError(f"augmentation must be a GeometricAugmentation, got {self.augmentation!r}")
         for name in ("temperature", "pretrain_learning_rate", "finetune_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

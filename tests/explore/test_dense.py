@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from medlib.explore import (
     cell_classes,
@@ -114,6 +115,39 @@ def test_the_explorer_refuses_tables_of_another_size():
         correspondence_explorer(VIEWS[0], VIEWS[1], {}, CELLS)
 
 
+def test_what_is_no_match_no_picture_and_no_number_is_refused_by_name():
+    view, match = np.zeros((4, 4)), np.arange(4)
+    for odd in (match + 0.5, match * np.nan):
+        with pytest.raises(ValueError, match="match 'a' must name a cell"):
+            correspondence_figure(view, view, {"a": odd}, (2, 2))
+    with pytest.raises(ValueError, match="match 'a' must name a cell"):
+        correspondence_figure(view, view, {"a": match[:0]}, (0, 0))
+    for other in (view[:2], view[None, None]):
+        with pytest.raises(ValueError, match="second must be a picture"):
+            correspondence_figure(view, other, {"a": match}, (2, 2))
+    with pytest.raises(ValueError, match="others must be a picture"):
+        correspondence_explorer(view, view, {"": np.zeros((4, 8))}, (2, 2), others=np.zeros((1, 2, 2)))
+    with pytest.raises(ValueError, match="similarities 'a' must be finite"):
+        correspondence_explorer(view, view, {"a": np.full((4, 4), np.nan)}, (2, 2))
+    with pytest.raises(ValueError, match="features hold values"):
+        neighbour_agreement(np.full((2, 2), np.nan), np.zeros(2), np.arange(2))
+    with pytest.raises(ValueError, match="labels must be whole numbers"):
+        cell_classes(np.zeros((0, 4, 4), int), (2, 2))
+    with pytest.raises(ValueError, match="cells at least 1 x 1"):
+        cell_classes(np.zeros((1, 4, 4), int), (0, 2))
+    with pytest.raises(ValueError, match=r"images and labels must be \(N,H,W\)"):
+        cluster_grid(view[None], {}, view[:2][None], ["none"], ["#000000"], ["1"])
+    with pytest.raises(ValueError, match="image must be of the label's size"):
+        decoder_grid(view[:2], {}, view.astype(int), ["none"], ["#000000"])
+
+
+def test_tensors_and_lists_are_drawn_like_arrays():
+    view, match = np.eye(4), np.arange(4)
+    figure = correspondence_figure(view, view, {"a": match}, (2, 2))
+    for same in (torch.from_numpy, np.ndarray.tolist):
+        assert correspondence_figure(same(view), same(view), {"a": same(match)}, (2, 2)) == figure
+
+
 def test_decoders_differ_in_the_parts_that_the_title_says():
     label = np.zeros((16, 16), int)
     label[4:8, 4:8] = 2
@@ -136,8 +170,10 @@ def test_one_row_per_clustering():
     assert len(figure.layout.images) == 12
     sources = [image.source for image in figure.layout.images]
     assert sources[4] != sources[8]
-    with pytest.raises(ValueError, match="clusters 'dense' must have one map for each of 4 slices, got 2"):
+    with pytest.raises(ValueError, match=r"clusters 'dense' must have one map .*for each of 4 slices, got \(2, 2, 2\)"):
         cluster_grid(VIEWS, {"dense": clusters["dense"][:2]}, labels, CLASSES, COLOURS, list("abcd"))
+    with pytest.raises(ValueError, match=r"clusters .dense. must have one map \(h,w\)"):
+        cluster_grid(VIEWS, {"dense": clusters["dense"].reshape(4, 4)}, labels, CLASSES, COLOURS, list("abcd"))
     with pytest.raises(ValueError, match="row 'label' has 4 pictures for 2 titles"):
         cluster_grid(VIEWS, clusters, labels, CLASSES, COLOURS, list("ab"))
 

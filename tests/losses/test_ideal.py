@@ -524,6 +524,19 @@ def test_wrong_shapes_and_values_are_named():
     for cell in (2, -2):
         with pytest.raises(ValueError, match=rf"cells 0 to 1 or -1.*{cell}"):
             local_contrastive_loss(QUERY, KEY, torch.full((2, 2), cell))
+    for odd in (MATCH > 0, MATCH.to(torch.uint8)):  # a mask is no match, and 255 is not -1
+        with pytest.raises(ValueError, match="signed integer type"):
+            local_contrastive_loss(QUERY, KEY, odd)
+        with pytest.raises(ValueError, match="signed integer type"):
+            distinct_match_fraction(odd)
+    with pytest.raises(ValueError, match="correspondence must be a tensor.*ndarray"):
+        local_contrastive_loss(QUERY, KEY, MATCH.numpy())
+    with pytest.raises(ValueError, match="cells 0 to 1 or -1.*7"):
+        distinct_match_fraction(torch.full((2, 2), 7))
+    with pytest.raises(ValueError, match="images must be of an integer type"):
+        local_contrastive_loss(QUERY, KEY, MATCH, images=torch.full((2,), math.nan))
+    with pytest.raises(ValueError, match="queue_valid must be bool"):
+        local_contrastive_loss(QUERY, KEY, MATCH, queue=torch.ones(3, 2), queue_valid=torch.ones(2, 3))
     with pytest.raises(ValueError, match="negatives must be"):
         local_contrastive_loss(QUERY, KEY, MATCH, negatives="all")
     with pytest.raises(ValueError, match="queue and queue_valid"):

@@ -134,6 +134,7 @@ def test_a_fully_labelled_split_trains_without_the_other_half(tmp_path):
     [
         dict(head="both"), dict(match="nearest"), dict(decoders=3), dict(pretrain_batch=1), dict(ema=1.0),
         dict(temperature=0.0), dict(warmup_steps=5), dict(image_size=40), dict(queue=-1),
+        dict(spacing=0.0), dict(spacing=math.inf), dict(augmentation=3),
     ],
     ids=str,
 )  # fmt: skip
