@@ -10,8 +10,8 @@ passes of the networks, which the first row has alone.
 With 4 labelled and 4 unlabelled images (``--images 8``), one thread, in seconds of the processor: the networks alone
 5.0 s and 1.9 GB, the dense step 30.8 s and 4.9 GB, the sampled step 6.2 s and 1.9 GB. So a step is 5 times faster and
 takes 2.5 times less memory; without the networks it would be 22 and 33 times. What the networks keep for their backward
-pass is 95 % of the sampled step's peak: no head can do better than 2.7 times for the whole. The dense step of 16 images
-takes about twice as much of both.
+pass is 95 % of the sampled step's peak: no head can do better than 2.7 times for the whole. Not measured with 16,
+for which the dense step should need about 9 GB.
 """
 
 import argparse
