@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from medlib.explore.style import INK, TEMPLATE, method_colours
+from medlib.explore.style import INK, SERIES, TEMPLATE, method_colours
 from medlib.results import RunRecord
 from medlib.results.records import Part
 
@@ -40,7 +40,7 @@ def records_figure(
         dice = np.array([record.evaluation(part).summary["mean"]["dice"] for record in mine])
         aside = 1.03 ** (i - (len(names) - 1) / 2)
         common = {"legendgroup": name, "name": name}
-        symbol = _SYMBOLS[i % len(_SYMBOLS)]
+        symbol = _SYMBOLS[(i + i // len(SERIES)) % len(_SYMBOLS)]  # another where colours begin again
         means = [(place * aside, dice[at == place].mean()) for place in places if (at == place).any()]
         figure.add_scatter(x=[m[0] for m in means], y=[round(m[1], 4) for m in means], mode="lines", showlegend=False,
                            line={"color": colours[name], "width": 2}, hoverinfo="skip", **common)  # fmt: skip

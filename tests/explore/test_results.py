@@ -30,6 +30,12 @@ def test_every_seed_is_a_point_and_the_line_is_their_mean():
     assert list(figure.layout.xaxis.ticktext) == ["1", "3"]
 
 
+def test_no_two_series_look_alike():
+    many = [record(method=f"m{i}", split=Split("s", ("p1",), (), ("p7",), ())) for i in range(20)]
+    points = [trace for trace in records_figure(many, label=lambda r: r.method).data if trace.mode == "markers"]
+    assert len({(trace.marker.color, trace.marker.symbol) for trace in points}) == len(points) == 20
+
+
 def test_a_records_figure_needs_records_and_a_positive_axis():
     with pytest.raises(ValueError, match="no run"):
         records_figure([], label=lambda r: r.method)
