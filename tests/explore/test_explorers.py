@@ -306,6 +306,8 @@ def test_a_chosen_slice_shows_label_and_prediction():
     )
     assert explorer.controls["strip"].value.count("<img") == 14 + 3  # slice, label, prediction
     assert "line, 3.1 % differ" in explorer.controls["strip"].value
+    differences = pixels.disagreement_overlay(label[0], wrong[0], COLOURS)
+    assert pixels.data_uri(pixels.blend(thumbnails[0], differences)) in explorer.controls["strip"].value
     alone = embedding_explorer(methods, positions, patients, thumbnails, projection="PCA", predictions=wrong, **maps)
     assert "prediction, 3.1 % differ" in alone.controls["strip"].value
     explorer.figures["embedding"].data[0]._dispatch_on_hover(SimpleNamespace(point_inds=[9]), None)

@@ -40,8 +40,9 @@ def thumbnails() -> np.ndarray:
 
 def test_align_undoes_a_turn_and_a_mirror_and_changes_no_distance():
     flat = numpy_generator(0, "flat").normal(size=(30, 2)).astype(np.float32)
-    turn = np.array([[np.cos(1.0), np.sin(1.0)], [np.sin(1.0), -np.cos(1.0)]])  # with a mirror in it
-    np.testing.assert_allclose(align(flat @ turn, flat), flat, atol=1e-5)
+    turn = np.array([[np.cos(1.0), np.sin(1.0)], [-np.sin(1.0), np.cos(1.0)]])
+    for how in (turn, turn * [1, -1]):  # the second with a mirror in it
+        np.testing.assert_allclose(align(flat @ how, flat), flat, atol=1e-5)
     other = numpy_generator(1, "flat").normal(size=(30, 2))
     moved = align(flat, other)
     np.testing.assert_allclose(np.linalg.norm(moved[3] - moved[8]), np.linalg.norm(flat[3] - flat[8]), rtol=1e-5)
@@ -96,6 +97,8 @@ def test_the_slider_moves_picture_curves_and_neighbours():
     assert line.y[1] == pytest.approx(rank_correlation(methods["arc"][2], POSITIONS), abs=1e-4)
     picture.data[1]._dispatch_on_click(SimpleNamespace(point_inds=[11]), None)
     assert controls["point"].value == 11 and "patient1" in controls["strip"].value
+    controls["step"].value = 2
+    np.testing.assert_allclose(picture.data[2].x, [flats[step][11, 0] for step in STEPS[:2]])
     controls["step"].value = 8
     np.testing.assert_allclose(picture.data[2].x, [flats[step][11, 0] for step in STEPS])  # the way of the point
     np.testing.assert_allclose(picture.data[3].x, flats[8][[11], 0])
