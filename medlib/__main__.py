@@ -17,8 +17,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, KeyError, OSError) as error:
         print(f"medlib: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("medlib: interrupted", file=sys.stderr)
+    except RuntimeError as error:  # a loss that is not finite, a checkpoint that cannot be read: the message says it
+        if type(error) is RuntimeError or type(error).__module__.startswith("medlib"):
+            print(f"medlib: {error}", file=sys.stderr)
+            return 1
+        raise
+    except KeyboardInterrupt as stop:
+        print(f"medlib: {stop or 'interrupted'}", file=sys.stderr)
         return 130
 
 

@@ -10,7 +10,6 @@ import inspect
 import json
 import os
 import shlex
-import tempfile
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from medlib import data, experiment
 from medlib.data.batches import TrainingData
 from medlib.data.splits import split_cases
 from medlib.methods import Method
-from medlib.paths import DATA, resolve
+from medlib.paths import DATA, make_folder, resolve
 from medlib.results.records import SUFFIX
 from medlib.runner import unknown_parameters
 from medlib.train import Callback
@@ -181,22 +180,12 @@ def start(
         own={name: namespace[name] for name in own},
         notebook=notebook,
     )
-    make_output(session.output_dir)
+    make_folder(session.output_dir, "output_dir")
+    for part in (session.output_dir / "stages", session.output_dir / "records"):  # what a run fills
+        if part.exists():
+            make_folder(part, "output_dir")
     namespace["_medlib_started"] = True
     return session
-
-
-def make_output(folder: Path) -> None:
-    """Make ``output_dir``, and write to it and to what a run fills in it: ValueError now, not after a training."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for part in (folder, folder / "stages", folder / "records"):
-            if part.exists():
-                tempfile.TemporaryFile(dir=part).close()
-    except OSError as error:
-        raise ValueError(
-            f"output_dir {str(folder)!r} cannot be written to ({error.strerror}: {error.filename}): choose another"
-        ) from error
 
 
 def public_variables(namespace: Mapping[str, object]) -> set[str]:

@@ -1,6 +1,7 @@
 """Where things are: the project's folders, and what a relative path means."""
 
 import os
+import tempfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -31,3 +32,14 @@ def shorten(path: str | os.PathLike[str]) -> str:
     if absolute.is_relative_to(Path.home()):
         return str(Path("~") / absolute.relative_to(Path.home()))
     return str(absolute)
+
+
+def make_folder(folder: Path, name: str) -> None:
+    """Make ``folder`` and write to it: ValueError that says ``name`` now, not after a training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"{name} {str(folder)!r} cannot be written to ({error.strerror}: {error.filename}): choose another"
+        ) from error

@@ -16,7 +16,7 @@ from medlib.data import read_dataset
 from medlib.data.phantoms import is_phantom
 from medlib.data.splits import Split, split_cases
 from medlib.methods import Method, build
-from medlib.paths import resolve
+from medlib.paths import make_folder, resolve
 from medlib.results.records import SUFFIX, RunRecord, read_record
 from medlib.train import PRECISIONS
 
@@ -66,6 +66,8 @@ class Sweep:
         splits = {
             count: split_cases(self.dataset, cases, protocol=self.protocol, labelled=count) for count in self.labelled
         }
+        make_folder(resolve(self.records), "records")
+        make_folder(resolve(self.output_dir), "output_dir")
         grid = list(itertools.product(self.seeds, self.labelled, methods))
         for number, (seed, labelled, (name, row)) in enumerate(grid, start=1):
             method = methods[name, row]
@@ -94,8 +96,9 @@ class Sweep:
         for name in (self.name, *self.ablations):
             if not re.fullmatch(r"[\w.=+]*", name):
                 raise ValueError(f"name becomes part of file names: letters, digits and ._=+ only, got {name!r}")
-        if resolve(self.records).exists() and not resolve(self.records).is_dir():
-            raise ValueError(f"records must be a folder, {self.records} is a file")
+        for row in (self.settings, *self.ablations.values()):
+            if odd := sorted({"name", "scale"} & row.keys()):
+                raise ValueError(f"{', '.join(odd)} is no setting of a method: use the sweep's own option")
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if any(seed < 0 for seed in self.seeds):

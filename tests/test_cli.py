@@ -12,6 +12,8 @@ import pytest
 
 from medlib import paths, runner
 from medlib.__main__ import main, read_value
+from medlib.sweep import Sweep
+from medlib.train import NonFiniteLoss
 
 PARAMETERS = """ratio = 0.1  # labelled share
 scale = "ci"  # how long
@@ -252,3 +254,27 @@ def test_help_needs_no_torch() -> None:
 def test_settings_are_read_as_python_reads_them_and_none_is_a_choice():
     read = {text: read_value(text) for text in ("0.1", "3", "true", "False", "None", "none", "(8, 16)", "dense")}
     assert list(read.values()) == [0.1, 3, True, False, None, "none", (8, 16), "dense"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(NonFiniteLoss("loss term x became infinite"), 1), (RuntimeError("the checkpoint y cannot be read"), 1),
+     (KeyboardInterrupt("stopped at step 3"), 130)],
+)  # fmt: skip
+def test_a_run_that_stops_says_why_in_one_line(tmp_path, monkeypatch, capsys, error, code):
+    def stop(sweep):
+        raise error
+
+    monkeypatch.setattr(Sweep, "run", stop)
+    arguments = ["sweep", "acdc", str(tmp_path), "--methods", "coral", "--labelled", "1", "--records", str(tmp_path)]
+    assert main(arguments) == code
+    assert capsys.readouterr().err == f"medlib: {error}\n"
+
+
+def test_a_fault_of_the_program_is_not_hidden(tmp_path, monkeypatch):
+    def fail(sweep):
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(Sweep, "run", fail)
+    with pytest.raises(RecursionError):
+        main(["sweep", "acdc", str(tmp_path), "--methods", "coral", "--labelled", "1", "--records", str(tmp_path)])

@@ -69,6 +69,11 @@ def test_ablations_are_the_runs_that_their_names_and_settings_would_make(root, t
         (["--methods", "coral", "--labelled", "99"], "labelled must be 1..6"),
         (["--methods", "coral", "--labelled", "1", "-s", "temprature", "1"], "did you mean 'temperature'"),
         (["--methods", "coral", "--labelled", "1", "--protocol", "dhc"], "protocol must be"),
+        (["--methods", "coral", "--labelled", "1", "-s", "scale", "ci"], "scale is no setting of a method"),
+        (
+            ["--methods", "coral", "--labelled", "1", "-s", "augmentation", "3"],
+            "augmentation must be of type",
+        ),
         (["--methods", "coral", "--labelled", "1", "--ablation", "off", "temprature=1"], "did you mean 'temperature'"),
         (["--methods", "coral", "--labelled", "1", "--ablation", "off", "frozen"], "SETTING=VALUE, got 'frozen'"),
         (["--methods", "coral", "--labelled", "1", "--ablation", "frozen=False"], "a name of its own, got 'frozen=F"),
@@ -117,10 +122,14 @@ def test_a_record_of_another_data_set_or_split_is_not_taken_for_the_run(root, tm
     assert sweep(other, tmp_path, *grid) == 2 and "other settings (patients)" in capsys.readouterr().err
 
 
-def test_phantoms_are_recorded_as_such_without_being_told(root, tmp_path):
+def test_phantoms_are_recorded_as_such_and_folders_are_tried_first(root, tmp_path, capsys):
     arguments = ["sweep", "acdc", str(root), "--scale", "ci", "--device", "cpu", "--methods", "supervised"]
     folders = ["--records", str(tmp_path / "records"), "--output-dir", str(tmp_path / "runs")]
     assert main([*arguments, *folders, "--labelled", "1", "--seeds", "0"]) == 0
     assert load_records(tmp_path / "records")[0].data["kind"] == "phantom"
     (tmp_path / "a file").touch()
+    for below in ("a file/records", "a file"):
+        for option in ("--records", "--output-dir"):
+            assert main([*arguments, *folders, "--labelled", "1", "--seeds", "1", option, str(tmp_path / below)]) == 2
+            assert "cannot be written to" in capsys.readouterr().err
     assert main([*arguments, "--records", str(tmp_path / "a file"), "--labelled", "1", "--seeds", "0"]) == 2

@@ -14,6 +14,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import ParamSpec
 
 import torch
@@ -72,8 +73,8 @@ def check_shapes(**expected: tuple[Tensor, str]) -> None:
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:
     """Raise ``ValueError`` unless the temperature is a positive, finite number."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {temperature}")
+    if not isinstance(temperature, Real | Tensor) or not 0 < temperature < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {temperature!r}")
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:

@@ -217,3 +217,6 @@ def _check_types(cls: type[Method], settings: Mapping[str, Any]) -> None:
             if not isinstance(value, tuple(accepted)) or (isinstance(value, bool) and bool not in accepted):
                 names = " or ".join("None" if option is type(None) else option.__name__ for option in options)
                 raise ValueError(f"{cls.name}: {name} must be {names}, got {value!r}")
+        elif all(isinstance(option, type) for option in options) and not isinstance(value, tuple(options)):
+            names = " or ".join(option.__name__ for option in options)
+            raise ValueError(f"{cls.name}: {name} must be of type {names}, got {value!r}")
