@@ -23,7 +23,7 @@ RECORDED = DATA / "recorded" / "acdc_phantom.npz"
 LIMIT = 2_000_000  # bytes of a recording in the repository
 FORMAT = 1
 SHARES = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the first stage: most happens early
-THIRDS = ("first third", "middle third", "last third")
+THIRDS = ("1st third", "2nd third", "3rd third")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ def record_outcomes(outcomes: Mapping[str, "Outcome"], *, title: str, command: s
             if np.isfinite(error).any():
                 columns[f"error ({name})"] = error.astype(np.float32)
     groups = [str(volume.case.info.get("group", "")) for volume in volumes for _ in volume.image]
-    columns["third"] = np.array(thirds(slices.positions))
+    columns["height"] = np.array(thirds(slices.positions))
     info = outcome.data.info
     return RecordedRun(
         title=title,

@@ -141,7 +141,7 @@ def test_the_command_records_steps_thumbnails_and_errors(patched):
     either = (run.predictions["CORAL"][first] > 0) | (run.labels[first] > 0)
     assert run.columns["error (CORAL)"][first] == pytest.approx(wrong.sum() / either.sum(), abs=1e-3)
     assert run.columns["entropy (PCL)"].min() > 0 and run.columns["entropy (PCL)"].max() <= 1
-    assert run.columns["third"][np.argmin(run.positions)] == "first third"
+    assert run.columns["height"][np.argmin(run.positions)] == "1st third"
     assert (patched / "run.npz").stat().st_size < 300_000
 
 
