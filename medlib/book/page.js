@@ -1,4 +1,4 @@
-// Two things a page does by itself: it keeps the reader's choice of theme, and draws a figure once it comes near.
+// What a page does by itself: it keeps the reader's choice of theme, and draws a figure once it comes near.
 "use strict";
 
 const stored = () => { try { return localStorage.getItem("theme"); } catch { return null; } };
@@ -34,6 +34,7 @@ async function draw(figure) {
 
 document.addEventListener("DOMContentLoaded", () => {
   themeButton();
+  if (innerWidth < 1088) document.querySelector(".sections details")?.removeAttribute("open");  // 68rem in style.css
   const near = new IntersectionObserver((entries) => {
     for (const entry of entries.filter((found) => found.isIntersecting)) {
       near.unobserve(entry.target);
