@@ -68,5 +68,5 @@ bench: setup ## time and memory of each loss beside its slow definition
 	@for file in tests/benchmarks/bench_*.py; do \
 		OMP_NUM_THREADS=2 $(BIN)/python -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
 
-clean: ## remove .venv, caches and phantom data; runs/ stays
-	rm -rf $(VENV) data/phantoms data/cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+clean: ## remove .venv, site/, caches and phantom data; runs/ stays
+	rm -rf $(VENV) site data/phantoms data/cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
