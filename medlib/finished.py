@@ -23,7 +23,7 @@ from medlib.nets import channels_last, seeded_init
 from medlib.paths import DATA, resolve, shorten
 from medlib.results import RunRecord
 from medlib.results.records import read_record
-from medlib.train import CHECKPOINT, PRECISIONS, StageResult, Trained, make_fabric, predictor, stage_key
+from medlib.train import CHECKPOINT, StageResult, Trained, make_fabric, predictor, stage_key
 
 
 def method_of(record: RunRecord, source: str = "record") -> Method:
@@ -85,7 +85,7 @@ def reopen(
     channels_last(networks.to(fabric.device))
     stages = []
     for stage in method.stages(loaded):
-        keys = [stage_key(stage, loaded, found.seed, networks, precision) for precision in ("", *PRECISIONS)]
+        keys = [stage_key(stage, loaded, found.seed, networks, precision) for precision in (found.precision, "")]
         folders = [folder / "stages" / f"{method.name}-{stage.name}-{key}" for key in keys]
         finished = [(key, one) for key, one in zip(keys, folders, strict=True) if (one / CHECKPOINT).exists()]
         if not finished:

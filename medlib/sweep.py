@@ -122,7 +122,7 @@ class Sweep:
         facts = {
             "scale": record.scale != self.scale,
             "data set": (record.dataset, record.data["kind"]) != (self.dataset, "phantom" if self._drawn else "real"),
-            "precision": self.precision not in (None, record.device.partition(", ")[2] or PRECISIONS[0]),
+            "precision": self.precision not in (None, record.precision),
             "patients": record.split != split,
             "test": self.open_test and record.test is None and bool(split.test),
         }

@@ -74,6 +74,11 @@ class RunRecord:
         if self.history is not None and without_paths(self.history) != self.history:
             raise ValueError(f"history must be relative to the record's folder, got {self.history!r}")
 
+    @property
+    def precision(self) -> str:
+        """What it was computed in: "32-true", or "bf16-mixed"."""
+        return self.device.partition(", ")[2] or "32-true"
+
     def evaluation(self, part: Part) -> Evaluation:
         """The evaluation of ``part``. Raises ValueError with the reason where there is none."""
         found: Evaluation | None = getattr(self, part)

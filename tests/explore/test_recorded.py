@@ -204,3 +204,13 @@ def test_the_recording_of_this_repository_opens():
     assert run.command.startswith("python -m medlib record") and len(run.features) >= 2
     assert all(len(steps) >= 5 for steps in run.features.values())
     assert run.labels is not None and set(run.predictions) == set(run.features)
+
+
+def test_a_record_opens_the_weights_of_its_own_precision(patched, tmp_path):
+    root = patched / "data" / "phantoms" / "acdc-10"
+    fixed = ["sweep", "acdc", str(root), "--methods", "supervised", "--labelled", "1", "--seeds", "0", "--scale", "ci"]
+    fixed += ["--device", "cpu", "--output-dir", str(tmp_path), "--records", str(tmp_path / "records")]
+    assert main(fixed) == 0 and main([*fixed, "--precision", "bf16-mixed", "--name", "half"]) == 0
+    for path in (tmp_path / "records").iterdir():
+        [stage] = finished.reopen(path, device="cpu").trained.stages
+        assert {stage.name: stage.seconds} == read_record(path).seconds  # no two trainings take the same time
