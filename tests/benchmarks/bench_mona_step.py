@@ -7,11 +7,10 @@ labelled and 8 unlabelled images): views, student, teacher, all five terms, back
 draw the same pixels, and the benchmark checks that they give the same terms and the same gradients. They share the
 passes of the networks, which the first row has alone.
 
-With 4 labelled and 4 unlabelled images (``--images 8``), one thread, in seconds of the processor: the networks alone
-5.0 s and 1.9 GB, the dense step 30.8 s and 4.9 GB, the sampled step 6.2 s and 1.9 GB. So a step is 5 times faster and
-takes 2.5 times less memory; without the networks it would be 22 and 33 times. What the networks keep for their backward
-pass is 95 % of the sampled step's peak: no head can do better than 2.7 times for the whole. Not measured with 16,
-for which the dense step should need about 9 GB.
+On two otherwise idle cores, two threads: the networks alone 5.8 s and 3.7 GB, the dense step 28.9 s and 8.8 GB, the
+sampled step 6.1 s and 3.9 GB. So a step is 4.7 times faster and takes 2.3 times less memory; without the networks it
+would be 73 and 29 times. What the networks keep for their backward pass is 95 % of the sampled step's peak: no head can
+do better than 2.4 times for the whole.
 """
 
 import argparse
