@@ -90,7 +90,8 @@ def reopen(
         finished = [(key, one) for key, one in zip(keys, folders, strict=True) if (one / CHECKPOINT).exists()]
         if not finished:
             raise FileNotFoundError(
-                f"{where}: stage {stage.name!r} is not in {shorten(folder / 'stages')} (looked for {folders[0].name}): "
+                f"{where}: stage {stage.name!r} is not in {shorten(folder / 'stages')} (looked for "
+                f"{' and '.join(one.name for one in folders)}): "
                 "it was deleted, or trained on other scans or by another version"
             )
         key, one = finished[0]
