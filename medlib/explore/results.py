@@ -20,16 +20,20 @@ def records_figure(
     x_title: str = "labelled patients",
     part: Part = "val",
     title: str = "Every run",
+    series: Sequence[str] = (),
 ) -> go.Figure:
     """Mean Dice over foreground classes of every run against ``x``, on a log axis; a line joins the means over seeds.
 
     records: of one data set and one part · label: the name of a record's series · x: a positive number per record.
+    series: the names of several figures, in order, which then have one colour and symbol each in all of them.
     Series stand a little apart, so that seeds of two of them do not hide each other.
     """
     if not records:
         raise ValueError("records is empty: there is no run to draw")
     names = list(dict.fromkeys(label(record) for record in records))
-    colours = method_colours(names)
+    known = list(dict.fromkeys([*series, *names]))
+    names.sort(key=known.index)
+    colours = method_colours(known)
     places = sorted({float(x(record)) for record in records})
     if places[0] <= 0:
         raise ValueError(f"x must be positive for a log axis, got {places[0]}")
@@ -40,7 +44,8 @@ def records_figure(
         dice = np.array([record.evaluation(part).summary["mean"]["dice"] for record in mine])
         aside = 1.03 ** (i - (len(names) - 1) / 2)
         common = {"legendgroup": name, "name": name}
-        symbol = _SYMBOLS[(i + i // len(SERIES)) % len(_SYMBOLS)]  # another where colours begin again
+        number = known.index(name)
+        symbol = _SYMBOLS[(number + number // len(SERIES)) % len(_SYMBOLS)]  # another where colours begin again
         means = [(place * aside, dice[at == place].mean()) for place in places if (at == place).any()]
         figure.add_scatter(x=[m[0] for m in means], y=[round(m[1], 4) for m in means], mode="lines", showlegend=False,
                            line={"color": colours[name], "width": 2}, hoverinfo="skip", **common)  # fmt: skip

@@ -36,6 +36,18 @@ def test_no_two_series_look_alike():
     assert len({(trace.marker.color, trace.marker.symbol) for trace in points}) == len(points) == 20
 
 
+def test_a_series_looks_the_same_in_all_figures_of_a_notebook():
+    both = runs()
+    alone = [run for run in both if run.method == "pcl"]
+
+    def look(records):
+        figure = records_figure(records, label=lambda r: r.method, series=["coral", "pcl"])
+        return {t.name: (t.marker.color, t.marker.symbol) for t in figure.data if t.mode == "markers"}
+
+    assert look(alone)["pcl"] == look(both)["pcl"] != look(both)["coral"]
+    assert list(look(both[::-1])) == ["coral", "pcl"]
+
+
 def test_a_records_figure_needs_records_and_a_positive_axis():
     with pytest.raises(ValueError, match="no run"):
         records_figure([], label=lambda r: r.method)
