@@ -149,8 +149,10 @@ def anchor_explorer(
         y = head + row * line + height / 2
         figure.add_annotation(x=0, xshift=-8, y=y, text=text, xanchor="right", xref="x", yref="y")
     # A hair of black around each mark: tints of the slice below are as bright as the marks.
-    looks = {
-        "negatives": {"symbol": "x", "size": 5, "line": {"width": 0.5, "color": INK}},
+    palette = [_BACKGROUND, *colours[1:]]
+    cross = {"symbol": "x", "size": 5, "line": {"width": 0.5, "color": INK}}
+    looks = {f"negatives: {name}": cross | {"color": palette[c]} for c, name in enumerate(classes)}
+    looks |= {
         "easy queries": {"symbol": "circle-open", "size": 7, "line": {"width": 1.8}},
         "hard queries": {"symbol": "circle", "size": 7, "line": {"width": 0.9, "color": CARD}},
     }
@@ -162,7 +164,6 @@ def anchor_explorer(
         yaxis=bare_axis(range=[head + 2 * line, 0], fixedrange=True),
         legend={"orientation": "h", "x": 0, "y": 0, "yanchor": "top"},
     )
-    palette = [_BACKGROUND, *colours[1:]]
     flat = labels.flatten()
 
     names = {"style": {"description_width": "50px", "button_width": "auto"}}
@@ -183,14 +184,16 @@ def anchor_explorer(
         c = list(classes).index(controls["class"].value)
         queries, hard, negatives = (np.asarray(part[c]) for part in draws[name])
         hard = hard.astype(bool)
-        crosses, easy_dots, hard_dots = figure.data
-        redraw(crosses, **place(negatives), **{"marker.color": [palette[v] for v in flat[negatives.astype(int)]]})
+        *crosses, easy_dots, hard_dots = figure.data
+        own = flat[negatives.astype(int)]
+        for v, trace in enumerate(crosses):
+            redraw(trace, **place(negatives[own == v]))
         redraw(easy_dots, **place(queries[~hard]), **{"marker.color": palette[c]})
         redraw(hard_dots, **place(queries[hard]), **{"marker.color": palette[c]})
         said = f"{classes[c]}: {len(queries)} queries"
         said += f", {100 * hard.mean():.0f} % of them hard" if len(queries) else ""
         if len(negatives):
-            shares = [(int((flat[negatives.astype(int)] == v).sum()), classes[v]) for v in range(len(classes))]
+            shares = [(int((own == v).sum()), classes[v]) for v in range(len(classes))]
             of = [f"{100 * n / len(negatives):.0f} % {v}" for n, v in sorted(shares, reverse=True) if n]
             said += f"; {len(negatives)} negatives: {', '.join(of)}"
         which = f", {name}" if "shown" in controls else ""

@@ -73,16 +73,18 @@ def test_marks_lie_on_the_slice_their_pixel_is_of():
     assert explorer.controls["class"].value == "LV" and explorer.controls["shown"].value == "tailness"  # the rarest
     step, top = 16 * 1.04, figure.layout.images[1].y  # of the slice below the first
     assert top == pytest.approx(figure.layout.images[0].y + step)
-    hard, easy, crosses = (by_name(figure, name) for name in ("hard queries", "easy queries", "negatives"))
+    hard, easy = by_name(figure, "hard queries"), by_name(figure, "easy queries")
     assert hard.x == pytest.approx((step + 3.5,)) and hard.y == pytest.approx((top + 2.5,)) and len(easy.x) == 1
     assert hard.marker.color == COLOURS[2]
-    assert crosses.x == pytest.approx((4.5, 7.5, 5.5, step + 15.5))
-    assert crosses.y == pytest.approx((top + 4.5, top + 5.5, top + 7.5, top + 15.5))
-    assert list(crosses.marker.color[:3]) == [COLOURS[1]] * 3 and crosses.marker.color[3] not in COLOURS
+    muscle, rest = by_name(figure, "negatives: MYO"), by_name(figure, "negatives: background")
+    assert muscle.x == pytest.approx((4.5, 7.5, 5.5)) and rest.x == pytest.approx((step + 15.5,))
+    assert muscle.y == pytest.approx((top + 4.5, top + 5.5, top + 7.5)) and rest.y == pytest.approx((top + 15.5,))
+    assert muscle.marker.color == COLOURS[1] and rest.marker.color not in COLOURS
+    assert len(by_name(figure, "negatives: LV").x) == 0
     said = figure.layout.title.text
     assert "LV: 2 queries, 50 % of them hard; 4 negatives: 75 % MYO, 25 % background" in said and "tailness" in said
     assert len(figure.layout.images) == 4 and {"a", "b"} <= {note.text for note in figure.layout.annotations}
-    assert len(explorer.twin.data[0].x) == 4
+    assert [len(trace.x) for trace in explorer.twin.data if "negatives" in trace.name] == [1, 3, 0]
 
 
 def test_titles_of_two_lines_have_room():
@@ -95,13 +97,16 @@ def test_titles_of_two_lines_have_room():
 
 
 def test_class_and_draw_are_controls():
+    def crosses():
+        return sum(len(trace.x) for trace in figure.data if "negatives" in trace.name)
+
     labels, draws = toy_draws()
     explorer = anchor_explorer(SLICES[:2], labels, draws, CLASSES, COLOURS)
     figure = explorer.figures["slices"]
     explorer.controls["class"].value = "MYO"
-    assert len(by_name(figure, "hard queries").x) == 1 and len(by_name(figure, "negatives").x) == 2
+    assert len(by_name(figure, "hard queries").x) == 1 and crosses() == 2
     explorer.controls["shown"].value = "uniform"
-    assert len(by_name(figure, "hard queries").x) == 0 == len(by_name(figure, "negatives").x)
+    assert len(by_name(figure, "hard queries").x) == 0 == crosses()
     assert "MYO: 0 queries" in figure.layout.title.text and "%" not in figure.layout.title.text.split("MYO")[1]
     explorer.controls["class"].value = "background"
     assert len(by_name(figure, "easy queries").x) == 3
