@@ -45,6 +45,10 @@ class NonFiniteLoss(RuntimeError):
     """A loss term became infinite or not a number; the message names it."""
 
 
+class StopTraining(KeyboardInterrupt):
+    """Raised by a callback, it ends the run as Ctrl-C does: after this step, with a checkpoint."""
+
+
 @dataclass
 class StageResult:
     """One finished stage.
@@ -145,14 +149,16 @@ def train(
         validate: called with a function images -> probabilities in stages that use labels; returns named numbers.
         validate_every: steps between validations; default a quarter of the stage.
         log_every: steps between lines of the metrics file; the only moments at which the host waits for the device.
-        callback: called as ``callback(stage, step, terms)`` at every such line; after a validation with one term,
-            ``val_dice``, that maps names to numbers.
+        callback: called as ``callback(stage, step, terms)`` at every such line, ``terms`` being the loss terms and
+            ``lr``; after a validation with ``val_dice``, which maps names to numbers, and ``predict``, the networks of
+            this step as they predict. (A reused stage shows what it logged; it has no ``predict``.) It may raise
+            `StopTraining`.
         keep: steps, 0 among them, after which the weights are also kept, for `Trained.state`. Those that a stage does
             not reach are left out; a finished stage that lacks one is trained again.
 
     Raises:
         NonFiniteLoss: a term is infinite or not a number.
-        KeyboardInterrupt: after a checkpoint was written.
+        KeyboardInterrupt: after Ctrl-C or `StopTraining`, once a checkpoint was written.
     """
     fabric = fabric or make_fabric()
     with seeded_init(seed, "weights"):
@@ -252,7 +258,8 @@ class _Loop:
         if self.fabric.is_global_zero:
             _write_text(self.folder / "stage.json", json.dumps(settings, indent=2, default=str) + "\n")
         with _own_randomness(self.seed, self.stage.name, self.fabric.device), _interruptible() as interrupted:
-            self._train(saved, interrupted)
+            self.interrupted = interrupted
+            self._train(saved)
         return StageResult(self.stage.name, key, self.folder, self.stage.steps, self.seconds, reused=False)
 
     @contextlib.contextmanager
@@ -271,7 +278,7 @@ class _Loop:
         finally:
             lock.release()
 
-    def _train(self, saved: dict[str, Any] | None, interrupted: Callable[[], bool]) -> None:
+    def _train(self, saved: dict[str, Any] | None) -> None:
         fabric = self.fabric
         streams = Streams(self.seed, self.stage.name, fabric.device, fabric.global_rank, fabric.world_size)
         self.networks.requires_grad_(True)
@@ -319,11 +326,11 @@ class _Loop:
                     self._validate()
                     work.train()
                 now = time.monotonic()
-                if last or interrupted() or now - last_saved > self.checkpoint_seconds:
+                if last or self.interrupted.is_set() or now - last_saved > self.checkpoint_seconds:
                     self._check_finite(finite)
                     self._save()
                     last_saved = now
-                if interrupted() and not last:
+                if self.interrupted.is_set() and not last:
                     raise KeyboardInterrupt(
                         f"stopped at step {self.step} of {self.stage.steps} of {self.stage.name}; the checkpoint is "
                         "written, the same call goes on from there"
@@ -339,9 +346,16 @@ class _Loop:
         numbers = torch.stack([term.detach().float() for term in terms.values()]).tolist()  # one wait for all terms
         values = dict(zip(terms, numbers, strict=True))
         self._append({"time": round(self.seconds, 3), "lr": rate, **values})
-        if self.callback is not None:
-            self.callback(self.stage.name, self.step, values)
+        self._tell({"lr": rate, **values})
         return values
+
+    def _tell(self, terms: Mapping[str, Any]) -> None:
+        if self.callback is None:
+            return
+        try:
+            self.callback(self.stage.name, self.step, terms)
+        except StopTraining:
+            self.interrupted.set()
 
     def _check_finite(self, finite: Mapping[str, Tensor]) -> None:
         if not finite:
@@ -360,10 +374,10 @@ class _Loop:
     def _validate(self) -> None:
         assert self.validate is not None
         self.networks.eval()
-        numbers = dict(self.validate(predictor(self.method, self.networks, self.fabric)))
+        predict = predictor(self.method, self.networks, self.fabric)
+        numbers = dict(self.validate(predict))
         self._append({"time": round(self.seconds, 3), "val_dice": numbers})
-        if self.callback is not None:
-            self.callback(self.stage.name, self.step, {"val_dice": numbers})
+        self._tell({"val_dice": numbers, "predict": predict})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if self.fabric.is_global_zero:
@@ -375,7 +389,7 @@ class _Loop:
         if self.callback is None:
             return
         for line in StageResult(self.stage.name, "", self.folder, 0, 0.0, True).history():
-            terms = {name: value for name, value in line.items() if name not in ("stage", "step", "time", "lr")}
+            terms = {name: value for name, value in line.items() if name not in ("stage", "step", "time")}
             self.callback(self.stage.name, line["step"], terms)
 
     def _save(self) -> None:
@@ -451,11 +465,11 @@ def _own_randomness(seed: int, stage: str, device: torch.device) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def _interruptible() -> Iterator[threading.Event]:
     """Inside, Ctrl-C and SIGTERM only raise a flag, so that no step is cut in half; a second Ctrl-C stops at once."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield flag.is_set
+        yield flag
         return
     previous: dict[signal.Signals, Any] = {}
 
@@ -467,7 +481,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, handle)
     try:
-        yield flag.is_set
+        yield flag
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

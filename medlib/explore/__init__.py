@@ -35,6 +35,7 @@ from medlib.explore.embedding import embedding_explorer, nearest
 from medlib.explore.history import align, history_explorer, history_figure, measure_history, project_history
 from medlib.explore.losses import loss_explorer, loss_slider
 from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation
+from medlib.explore.monitor import TrainingMonitor, training_monitor
 from medlib.explore.plane import plane_figure
 from medlib.explore.projection import PROJECTIONS, Quality, project, projection_quality
 from medlib.explore.recorded import RecordedRun, explore, open_run, record_outcomes, record_phantoms
@@ -62,6 +63,7 @@ __all__ = [
     "LiveCurves",
     "Quality",
     "RecordedRun",
+    "TrainingMonitor",
     "affine_warp",
     "agreement",
     "align",
@@ -112,6 +114,7 @@ __all__ = [
     "sparse_places",
     "step_panels",
     "training_curves",
+    "training_monitor",
     "volume_viewer",
     "warp_explorer",
 ]

@@ -18,7 +18,7 @@ _NOT_TERMS = {"stage", "step", "time", "lr", "val_dice"}
 _POINTS = 400  # of one curve: more than the pixels it is drawn with show nothing more
 
 
-def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
     """At most ``_POINTS`` points: means over equal runs of steps."""
     runs = np.array_split(np.arange(len(steps)), min(len(steps), _POINTS))
     return (
@@ -27,7 +27,7 @@ def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float],
     )
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Exponential mean over about a twentieth of the curve, corrected for its start."""
     keep = 1 - 1 / max(1.0, len(values) / 20)
     mean = weight = 0.0
@@ -38,7 +38,8 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def _terms(history: Sequence[Mapping[str, Any]]) -> list[str]:
+def term_names(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The loss terms in the lines of a metrics file."""
     return list(dict.fromkeys(k for line in history for k, v in line.items() if k not in _NOT_TERMS and np.isscalar(v)))
 
 
@@ -52,7 +53,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
     if not history:
         raise ValueError("history is empty: no step has been logged")
     stages = list(dict.fromkeys(line["stage"] for line in history))
-    names = _terms(history)
+    names = term_names(history)
     colours = method_colours(names)
     checked = [any("val_dice" in line for line in history if line["stage"] == stage) for stage in stages]
     rows = 2 if any(checked) else 1
@@ -75,7 +76,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
             logged = [(line["step"], line[name]) for line in lines if name in line]
             if not logged:
                 continue
-            x, y = _thin(*zip(*logged, strict=True))
+            x, y = thin(*zip(*logged, strict=True))
             common = {"x": x, "legendgroup": name, "name": name, "mode": "lines"}
             faint = go.Scatter(
                 **common,
@@ -86,7 +87,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
                 hoverinfo="skip",
             )
             first = not any(trace.name == name and trace.showlegend for trace in figure.data)
-            strong = go.Scatter(**common, y=_smooth(y), line={"color": colours[name], "width": 2.2}, showlegend=first)
+            strong = go.Scatter(**common, y=smooth(y), line={"color": colours[name], "width": 2.2}, showlegend=first)
             figure.add_traces([faint, strong], rows=1, cols=column)
         figure.update_yaxes(title_text="loss term", row=1, col=column)
         figure.update_xaxes(range=[0, end * 1.02], showticklabels=not has_dice, row=1, col=column)
@@ -234,7 +235,7 @@ class LiveCurves:
         for trace in self.figure.data:
             logged = [(self._starts[h["stage"]] + h["step"], h[trace.name]) for h in self.history if trace.name in h]
             if logged:
-                x, y = _thin(*zip(*logged, strict=True))
+                x, y = thin(*zip(*logged, strict=True))
                 redraw(trace, x=x, y=y)
         latest = self.history[-1]
         parts = [f"{n} {latest[n]:.3f}" for n in self.names if n in latest]

@@ -5,7 +5,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,9 @@ def picture(figure: go.Figure, scale: float = 2.0) -> bytes | None:
         return None
 
 
-def _bundle(content: dict[str, Any], figure: go.Figure, alt: str, scale: float) -> None:
+def _bundle(
+    content: dict[str, Any], figure: go.Figure, alt: str, scale: float, send: Callable[..., object] | None = None
+) -> None:
     if not alt.strip():
         raise ValueError("alt must be a sentence that says what the figure shows, got an empty text")
     metadata: dict[str, Any] = {}
@@ -105,7 +107,7 @@ def _bundle(content: dict[str, Any], figure: go.Figure, alt: str, scale: float) 
     if png is not None:
         content["image/png"] = base64.b64encode(png).decode()
         metadata["image/png"] = {"width": _sized(figure).layout.width, "alt": alt}
-    display({**content, "text/plain": alt}, metadata=metadata, raw=True)
+    (send or display)({**content, "text/plain": alt}, metadata=metadata, raw=True)
 
 
 def show(figure: go.Figure, alt: str) -> None:
@@ -118,10 +120,15 @@ def show(figure: go.Figure, alt: str) -> None:
     _bundle({"application/vnd.plotly.v1+json": json.loads(sized.to_json())}, sized, alt, scale=1)
 
 
-def show_widget(widget: ipywidgets.Widget, twin: go.Figure, alt: str) -> None:
-    """Display ``widget`` where a kernel runs; elsewhere its static ``twin`` as PNG, else ``alt``."""
+def show_widget(
+    widget: ipywidgets.Widget, twin: go.Figure, alt: str, send: Callable[..., object] | None = None
+) -> None:
+    """Display ``widget`` where a kernel runs; elsewhere its static ``twin`` as PNG, else ``alt``.
+
+    ``send``: what displays it instead of IPython's ``display``, such as the ``update`` of a ``DisplayHandle``.
+    """
     view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
-    _bundle({"application/vnd.jupyter.widget-view+json": view}, twin, alt, scale=2)
+    _bundle({"application/vnd.jupyter.widget-view+json": view}, twin, alt, 2, send)
 
 
 @dataclass

@@ -27,7 +27,13 @@ from medlib.explore import (
     training_curves,
     volume_viewer,
 )
-from medlib.explore.style import TEMPLATE, WIDTH
+from medlib.explore.losses import pair_pulls
+from medlib.explore.style import DISAGREEMENT, INK, TEMPLATE, WIDTH
+from medlib.losses.contrastive import info_nce_loss, positional_contrastive_loss
+from medlib.losses.coral import relational_loss
+from medlib.losses.dacl import soft_density_guided_loss
+from medlib.losses.dvcl import high_quality_contrastive_loss
+from medlib.losses.ideal import local_contrastive_loss
 from medlib.rng import numpy_generator
 
 page = import_module("medlib.explore.show")  # the module: the package's own `show` is the function
@@ -202,7 +208,10 @@ def test_embedding_explorer_follows_clicks_and_menus():
     assert controls["point"].value == 11
     assert "patient001" in controls["strip"].value and controls["strip"].value.count("<img") == 14
     plane = project(methods["line"].astype(np.float32), "PCA")
-    np.testing.assert_array_equal(figure.data[4].x, plane[nearest(methods["line"].astype(np.float32), 11), 0])
+    rings = [(ring.xref, ring.xanchor, ring.yanchor, ring.line.color) for ring in figure.layout.shapes]
+    near = nearest(methods["line"].astype(np.float32), 11)
+    assert rings[7:13] == [("x2", *plane[row].tolist(), INK) for row in near]
+    assert rings[13] == ("x2", *plane[11].tolist(), DISAGREEMENT) and len(rings) == 14
     assert "trustworthiness" in figure.layout.annotations[3].text
     controls["colour"].value = "patient"
     assert len(set(figure.data[0].marker.color)) == 5 and figure.layout.coloraxis.showscale is False
@@ -278,7 +287,8 @@ def test_three_dimensions_have_their_own_figure():
     assert explorer.controls["point"].value == 7
     np.testing.assert_array_equal(space.data[5].z, flat[[7], 2])
     explorer.controls["dimensions"].value = "2D"
-    np.testing.assert_allclose(explorer.figures["embedding"].data[5].x, flat[[7], 0], atol=1e-5)
+    ring = explorer.figures["embedding"].layout.shapes[-1]
+    assert (ring.xanchor, ring.yanchor) == pytest.approx(tuple(flat[7, :2]), abs=1e-5)
 
 
 def test_perplexity_and_seed_move_tsne_alone():
@@ -405,6 +415,122 @@ def test_loss_explorer_draws_a_parameter_that_is_a_direction():
         loss_explorer(along, np.eye(2), [0, 1], {"c": (0, 360, 0)}, bearing="angle")
     with pytest.raises(ValueError, match="angle is a control"):
         loss_explorer(along, np.eye(2), [0, 1], {"angle": (0, 360, 0)})
+
+
+SIX = np.stack([np.cos(turn := np.radians([200, 80, 140, 20, 310, 255])), np.sin(turn)], axis=1)
+PLACES = [0.1, 0.3, 0.5, 0.7, 1.0, 0.2]
+
+
+def one_query(features, positions, temperature=0.3):
+    return info_nce_loss(features[:1], features[1:2], features[2:], temperature)
+
+
+def one_anchor(features, positions, temperature=0.4):
+    return soft_density_guided_loss(features[:1], features[1], features[2:], torch.ones(1), temperature)
+
+
+def one_voxel(features, positions, temperature=1.0):
+    return high_quality_contrastive_loss(features[:1], features[1], features[None, 2:], temperature)
+
+
+def two_images(features, positions, temperature=0.2):
+    """IDEAL's cells: two images of one row of three, each cell matched with itself in a turned copy."""
+    maps = features.reshape(2, 3, 1, -1).permute(0, 3, 2, 1)
+    return local_contrastive_loss(maps, maps.flip(3), torch.tensor([[2, 1, 0]] * 2), temperature)
+
+
+def to_the_right(features, positions):
+    return -features[:, 0].sum()
+
+
+def test_two_losses_are_moved_as_one():
+    both = {"RAL": relational_loss, "PCL": positional_contrastive_loss}
+    ranges = {"threshold": (0.05, 0.95, 0.35), "temperature": (0.05, 1.0, 0.3)}
+    explorer = loss_explorer(both, SIX, PLACES, ranges, title="Ranking or threshold")
+    figure, controls = explorer.figures["loss"], explorer.controls
+
+    def now() -> dict[str, float]:
+        texts = [note.text for note in figure.layout.annotations if "loss" in (note.text or "")]
+        return {name: float(text.split()[-1]) for name, text in zip(both, texts, strict=True)}
+
+    def expected(points: np.ndarray, threshold: float, temperature: float) -> dict[str, float]:
+        given = torch.tensor(points), torch.tensor(PLACES, dtype=torch.float64)
+        ral = relational_loss(*given, temperature=temperature)
+        pcl = positional_contrastive_loss(*given, threshold=threshold, temperature=temperature)
+        return {"RAL": pytest.approx(ral.item(), abs=6e-4), "PCL": pytest.approx(pcl.item(), abs=6e-4)}
+
+    assert now() == expected(SIX, 0.35, 0.3)
+    arrows = [note for note in figure.layout.annotations if note.showarrow]
+    assert {note.xref for note in arrows} == {"x", "x2"} and len(arrows) >= 8
+    before = [list(figure.data[k].y) for k in (2, 6)], [line.to_plotly_json() for line in figure.layout.shapes]
+    figure.data[5]._dispatch_on_click(SimpleNamespace(point_inds=[2]), None)  # C, in the second plane
+    assert controls["point"].value == 2 and controls["angle"].value == pytest.approx(140)
+    controls["angle"].value = 45.0
+    moved = SIX.copy()
+    moved[2] = np.cos(np.pi / 4)
+    assert now() == expected(moved, 0.35, 0.3)
+    for k in (0, 4):  # both planes, both curves
+        assert (figure.data[k + 1].x[2], figure.data[k + 1].y[2]) == pytest.approx((moved[2, 0], moved[2, 1]))
+        assert list(figure.data[k + 2].y) != before[0][k // 4] and figure.data[k + 3].x[0] == 45
+    assert [line.to_plotly_json() for line in figure.layout.shapes] != before[1]
+    controls["threshold"].value = 0.9
+    assert now() == expected(moved, 0.9, 0.3)  # which RAL does not take
+    given = torch.tensor(moved), torch.tensor(PLACES, dtype=torch.float64)
+    pull = pair_pulls(lambda f: positional_contrastive_loss(f, given[1], threshold=0.9, temperature=0.3), moved)
+    assert pull is not None and f">{pull[2, 0]:+.3f}<" in controls["readout"].value
+    assert ">C-A</th>" in controls["readout"].value and "PCL</th>" in controls["readout"].value
+    assert "for each of RAL, PCL" in explorer.alt and json_size(explorer.twin) < 60_000
+    with pytest.raises(ValueError, match="no loss takes the parameter bound"):
+        loss_explorer(both, SIX, PLACES, {"bound": (0, 1, 0.5)})
+    with pytest.raises(ValueError, match="fit side by side, got 4"):
+        loss_explorer(dict.fromkeys("abcd", relational_loss), SIX, PLACES)
+
+
+def test_pair_pulls_are_slopes_by_the_cosine():
+    """Against a loss written with the cosines themselves, and points that are not of length 1."""
+    points = SIX * np.array([[1.0], [0.5], [2.0], [1.0], [1.3], [0.7]])
+    unit = SIX @ SIX.T
+    cosines = torch.tensor(unit, requires_grad=True)
+    others = ~torch.eye(6, dtype=torch.bool)
+    scores = (cosines / 0.3).masked_fill(~others, -torch.inf)
+    close = (torch.tensor(PLACES)[:, None] - torch.tensor(PLACES)).abs().lt(0.35) & others
+    terms = scores.logsumexp(1, keepdim=True) - scores
+    anchors = close.any(1)
+    value = ((terms.masked_fill(~close, 0).sum(1)[anchors]) / close.sum(1)[anchors]).mean()
+    places = torch.tensor(PLACES, dtype=torch.float64)
+    loss = positional_contrastive_loss(torch.tensor(points), places, threshold=0.35, temperature=0.3)
+    assert value.item() == pytest.approx(loss.item(), rel=1e-12)
+    (slope,) = torch.autograd.grad(value, cosines)
+    found = pair_pulls(lambda f: positional_contrastive_loss(f, places, threshold=0.35, temperature=0.3), points)
+    expected = -(slope + slope.T).numpy()
+    np.fill_diagonal(expected, 0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert (found > 0.01).any() and (found < -0.01).any()
+    assert pair_pulls(lambda f: to_the_right(f, places), points) is None  # a direction is no angle between points
+
+
+@pytest.mark.parametrize("loss", [one_query, one_anchor, one_voxel, two_images, relational_loss])
+def test_one_explorer_serves_the_losses_of_every_paper(loss):
+    explorer = loss_explorer({"it": loss, "right": to_the_right}, SIX, PLACES, {"temperature": (0.05, 1.0, 0.5)})
+    figure, controls = explorer.figures["loss"], explorer.controls
+    places = torch.tensor(PLACES, dtype=torch.float64)
+
+    def value(points: np.ndarray, temperature: float) -> float:
+        return loss(torch.tensor(points), places, temperature=temperature).item()
+
+    controls["temperature"].value = 0.4
+    texts = [note.text for note in figure.layout.annotations if "loss" in (note.text or "")]
+    assert texts[0] == f"<b>it</b>  loss {value(SIX, 0.4):.3f}"
+    push = np.array([[n.x - n.ax, n.y - n.ay] for n in figure.layout.annotations if n.showarrow and n.xref == "x"])
+    downhill = value(SIX, 0.4)
+    features = torch.tensor(SIX, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(features, places, temperature=0.4), features)
+    felt = -slope[slope.norm(dim=1) > 1e-6 * slope.norm(dim=1).max()].numpy()
+    assert len(push) == len(felt) and (np.einsum("nd,nd->n", push, felt) > 0).all()
+    assert value(SIX - 1e-3 * slope.numpy(), 0.4) < downhill
+    assert any(line.xref == "x" for line in figure.layout.shapes)
+    assert not any(line.xref == "x2" for line in figure.layout.shapes)
+    assert "not a function of the angles" in controls["readout"].value
 
 
 def test_loss_slider_redraws():

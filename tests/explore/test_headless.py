@@ -24,6 +24,15 @@ CELLS = [
     "film = history_explorer({'a': {s: rng.normal(size=(24, 8)) for s in (0, 5)}}, positions, patients); film.show();"
     " film.controls['play'].value = 0; explorer.controls['dimensions'].value = '3D'",
     "show(slice_grid(image, label, label, **look), alt='Six slices.')",
+    "planes = linked_planes(image, label, label, {'entropy': image}, (5.0, 1.0, 1.0), windows=CT_WINDOWS, **look);"
+    " planes.show(); planes.controls['overlay'].value = 'entropy'",
+    "from medlib.losses.contrastive import positional_contrastive_loss\n"
+    "from medlib.losses.coral import relational_loss\n"
+    "both = loss_explorer({'RAL': relational_loss, 'PCL': positional_contrastive_loss}, rng.normal(size=(4, 2)),"
+    " [0, 0.3, 0.6, 1], {'threshold': (0.05, 0.95, 0.4)}); both.show(); both.controls['angle'].value = 90",
+    "def run(callback):\n    for step in range(1, 21):\n        callback('fit', step, {'lr': 0.1, 'loss': 1 / step})\n"
+    "monitor = training_monitor(run, interval=0.05); monitor.show(); monitor.start()",
+    "monitor.wait(60)",
 ]
 
 
@@ -36,6 +45,7 @@ def test_papermill_runs_every_widget(tmp_path, monkeypatch):
         tmp_path / "widgets.ipynb", tmp_path / "done.ipynb", progress_bar=False, execution_timeout=120
     )
     shown = [[output for output in cell.outputs if output.output_type == "display_data"] for cell in done.cells[1:]]
-    assert [len(outputs) for outputs in shown] == [1, 1, 1, 1, 2, 1, 1]
+    assert [len(outputs) for outputs in shown] == [1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 0]
     assert all(output.data["text/plain"].strip() for outputs in shown for output in outputs)
+    assert "over the steps of fit" in shown[-2][0].data["text/plain"], "the picture is that of the whole run"
     assert not [output for cell in done.cells for output in cell.outputs if output.output_type in ("stream", "error")]
