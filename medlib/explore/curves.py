@@ -5,11 +5,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ipywidgets
 import numpy as np
 import plotly.graph_objects as go
 from IPython.display import display
 from plotly.subplots import make_subplots
 
+from medlib.explore.live import LiveFigure
 from medlib.explore.pixels import encode_png
 from medlib.explore.show import redraw, show
 from medlib.explore.style import INK, MUTED, SERIES, TEMPLATE, method_colours
@@ -179,7 +181,8 @@ class LiveCurves:
     def __init__(self, names: Sequence[str], *, title: str = "Training", interval: float = 1.0) -> None:
         self.history: list[dict[str, Any]] = []
         self.names, self.title, self.interval = list(names), title, interval
-        self.figure: go.FigureWidget | None = None
+        self.figure: LiveFigure | None = None
+        self._box = ipywidgets.VBox()
         self._drawn = 0.0
         self._starts: dict[str, float] = {}
         self._last = 0.0
@@ -199,11 +202,11 @@ class LiveCurves:
             self._draw()
 
     def finish(self) -> None:
-        """Close the live figure and show all that was logged as ``training_curves``."""
+        """Take the live figure away and show all that was logged as ``training_curves``."""
         if not self.history:
             raise ValueError("nothing was logged: hand LiveCurves.update to the training as its callback")
         if self.figure is not None:
-            self.figure.close()
+            self._box.children = ()  # not closed: a page that still draws it would find nobody to answer
             self.figure = None
         stages = ", ".join(self._starts)
         show(
@@ -223,9 +226,10 @@ class LiveCurves:
             "yaxis": {"title": "loss term"},
             "showlegend": True,
         }
-        self.figure = go.FigureWidget(traces, layout)
+        self.figure = LiveFigure(traces, layout)
         self._draw()
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.figure.model_id}
+        self._box.children = (self.figure,)
+        view = {"version_major": 2, "version_minor": 0, "model_id": self._box.model_id}
         alt = f"{self.title}: curves drawn while the training ran; the finished ones follow."
         nothing = base64.b64encode(encode_png(np.zeros((1, 1, 4), np.uint8))).decode()  # a static page shows the end
         display({"application/vnd.jupyter.widget-view+json": view, "image/png": nothing, "text/plain": alt}, raw=True)

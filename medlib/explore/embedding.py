@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from medlib.explore import panels, pixels
+from medlib.explore.live import ControlNames, LiveFigure
 from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation, unit
 from medlib.explore.projection import (
     MAY_NOT_BE_READ,
@@ -36,6 +37,7 @@ _TEXT_UP_TO = 10_000  # points that carry their text to the page; above, the pan
 _NEIGHBOURS = 6
 _PERPLEXITIES = (2, 5, 10, 20, 30, 50, 100)
 _EVERYBODY = "all"
+_RINGS = ((INK, 15, 2), (DISAGREEMENT, 19, 3.5))  # colour, width and line (pixels): of the neighbours, the chosen point
 
 
 def nearest(features: np.ndarray, point: int, count: int = _NEIGHBOURS) -> np.ndarray:
@@ -102,7 +104,7 @@ class _Colouring:
 
 
 def _canvas(panels_drawn: int, count: int, dimensions: int, hover: Sequence[str] | None) -> go.Figure:
-    """An empty picture: per panel its points, then per panel the rings of the neighbours and of the chosen point."""
+    """An empty picture: per panel its points; in a box, then per panel the rings of neighbours and chosen point."""
     solid = dimensions == 3
     spec = [[{"type": "scene" if solid else "xy"}] * panels_drawn]
     figure = make_subplots(1, panels_drawn, specs=spec, column_titles=[" "] * panels_drawn, horizontal_spacing=0.04)
@@ -117,14 +119,11 @@ def _canvas(panels_drawn: int, count: int, dimensions: int, hover: Sequence[str]
     for column in range(1, panels_drawn + 1):
         marker = {"coloraxis": "coloraxis", "size": size, "opacity": 0.9}
         figure.add_trace(kind(mode="markers", marker=marker, showlegend=False, **text, **keep), row=1, col=column)
-    ring = {"mode": "markers", "showlegend": False, "hoverinfo": "skip"}
-    rings = ((INK, 15, 2), (DISAGREEMENT, 19, 3.5))
-    for column in range(1, panels_drawn + 1):
-        for colour, width, line in rings:
-            look = {"size": width * (0.5 if solid else 1), "symbol": "circle-open", "color": colour}
-            clear = {} if solid else {"unselected": {"marker": {"opacity": 1}}}
-            trace = (go.Scatter3d if solid else go.Scatter)(**ring, **clear, marker={**look, "line": {"width": line}})
-            figure.add_trace(trace, row=1, col=column)
+    for column in range(1, panels_drawn + 1 if solid else 1):  # on a plane `_rings` marks them, which redraws no point
+        for colour, width, line in _RINGS:
+            ring = {"size": width / 2, "symbol": "circle-open", "color": colour, "line": {"width": line}}
+            look: dict[str, Any] = {"mode": "markers", "showlegend": False, "hoverinfo": "skip"}
+            figure.add_trace(go.Scatter3d(marker=ring, **look), row=1, col=column)
     box = {"showgrid": False, "showticklabels": False, "range": [-1.12, 1.12]}
     if solid:
         face = {**box, "title": "", "showbackground": False, "showline": True, "linecolor": MUTED, "zeroline": False}
@@ -145,6 +144,19 @@ def _canvas(panels_drawn: int, count: int, dimensions: int, hover: Sequence[str]
         dragmode="orbit" if solid else "lasso",
     )
     return figure
+
+
+def _rings(places: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:
+    """Circles around the neighbours and the chosen point of each panel, (n,2) each; none where a point is not drawn."""
+    found = []
+    for panel, marked in enumerate(places):
+        axis = str(panel + 1) if panel else ""
+        for spots, (colour, width, line) in zip(marked, _RINGS, strict=True):
+            half = {"x0": -width / 2, "x1": width / 2, "y0": -width / 2, "y1": width / 2}
+            look = {"type": "circle", "xsizemode": "pixel", "ysizemode": "pixel", **half}
+            look |= {"xref": f"x{axis}", "yref": f"y{axis}", "line": {"color": colour, "width": line}}
+            found += [{**look, "xanchor": x, "yanchor": y} for x, y in spots.tolist() if np.isfinite(x)]
+    return found
 
 
 class _Board:
@@ -170,8 +182,8 @@ class _Board:
         self.selected: np.ndarray | None = None
         self.controls: dict[str, Any] = {}
         text = hover if self.count < _TEXT_UP_TO else None
-        self.figures = {"embedding": go.FigureWidget(_canvas(self.panels, self.count, 2, text))}
-        self.body = ipywidgets.VBox([self.figures["embedding"]])
+        self.figures = {"embedding": LiveFigure(_canvas(self.panels, self.count, 2, text))}
+        self.body = ipywidgets.VBox()
 
     # ---- what is computed once
 
@@ -208,7 +220,7 @@ class _Board:
             return self.figures["embedding"]
         if "space" not in self.figures:
             text = self.hover if self.count < _TEXT_UP_TO else None
-            self.figures["space"] = go.FigureWidget(_canvas(self.panels, self.count, 3, text))
+            self.figures["space"] = LiveFigure(_canvas(self.panels, self.count, 3, text))
             self.answer(self.figures["space"])
         return self.figures["space"]
 
@@ -241,7 +253,6 @@ class _Board:
     def draw(self, change: object = None) -> None:
         """The points, after another projection, method or filter."""
         figure, axes = self.figure, "xyz"[: self.dimensions]
-        self.body.children = (figure,)
         uses_seed = self.controls["projection"].value == "t-SNE"
         self.controls["perplexity"].disabled = self.controls["seed"].disabled = not uses_seed
         mask = self.shown()
@@ -254,20 +265,16 @@ class _Board:
                 figure.layout.annotations[i].text = f"<b>{name}</b>"
                 figure.layout.annotations[self.panels + i].text = f"{self.note(name)}<br>{quality}"
             figure.layout.title.text = self.caption(int(mask.sum()))
-        style = panels.block(f"<i>{MAY_NOT_BE_READ[self.controls['projection'].value]}</i>")
-        self.controls["note"].value = style
+        self.controls["note"].value = panels.block(f"<i>{MAY_NOT_BE_READ[self.controls['projection'].value]}</i>")
         self.paint()
         self.mark()
         self.describe()
+        self.body.children = (figure,)  # now, with all that it shows
 
     def mark(self, change: object = None) -> None:
-        """The chosen point and its neighbours, in the picture and as pictures."""
-        point, figure, axes = self.controls["point"].value, self.figure, "xyz"[: self.dimensions]
+        """The chosen point and its neighbours, as pictures and in the picture."""
+        point = self.controls["point"].value
         found = {name: _nearest(self.rows[name], point) for name in dict.fromkeys(self.names())}
-        for i, name in enumerate(self.names()):
-            flat, _ = self.flat(name, self.dimensions)
-            for trace, rows in zip(figure.data[self.panels + 2 * i :], (found[name], np.array([point])), strict=False):
-                redraw(trace, **{axis: flat[rows, k] for k, axis in enumerate(axes)})
         label, predictions = self.maps["label"], self.maps["predictions"]
         shown = {name: maps[point] for name, maps in predictions.items() if name in ("", *self.names())}
         alone = panels.chosen(
@@ -279,6 +286,15 @@ class _Board:
         )
         strip = panels.neighbour_strip(point, found, self.thumbs, self.positions, self.owners, self.hover)
         self.controls["strip"].value = panels.block(alone + strip)
+        places = []
+        for name in self.names():
+            flat, _ = self.flat(name, self.dimensions)
+            places.append((flat[found[name]], flat[[point]]))
+        if self.dimensions == 2:
+            self.figure.layout.shapes = _rings(places)
+            return
+        for trace, spots in zip(self.figure.data[self.panels :], [one for pair in places for one in pair], strict=True):
+            redraw(trace, **{axis: spots[:, k] for k, axis in enumerate("xyz")})
 
     def paint(self, change: object = None) -> None:
         column, figure = self.columns[self.controls["colour"].value], self.figure
@@ -286,6 +302,14 @@ class _Board:
         for trace in figure.data[: self.panels]:
             redraw(trace, **{"marker.color": column.codes})
         self.controls["legend"].value = panels.block(panels.chips(column.palette))
+        self.say()
+
+    def say(self) -> None:
+        """What the picture shows, as a sentence: its twin for a reader who does not see it."""
+        told = [f"{self.figure.layout.title.text}, coloured by {self.controls['colour'].value}."]
+        for i, name in enumerate(self.names()):
+            told.append(f"{name}: {self.figure.layout.annotations[self.panels + i].text}.".replace("<br>", ", "))
+        self.controls["spoken"].value = panels.spoken(" ".join(told))
 
     def describe(self) -> None:
         """What the selected points, else those that the filters leave, have in common."""
@@ -436,10 +460,11 @@ def embedding_explorer(
     keys = [["projection", "dimensions", "colour"], ["perplexity", "seed", "point"]]
     keys += [[name for name in ("only patient", "only group", "selected only") if name in controls]]
     keys += [["left", "right"]] if "left" in controls else []
-    rows = [ipywidgets.HBox([controls[name] for name in names]) for names in keys]
+    rows = [ipywidgets.HBox([controls[name] for name in names], layout={"align_items": "center"}) for names in keys]
     below = ipywidgets.HBox([controls["hover"], controls["selection"]])
-    parts = [hint(tip), *rows, controls["note"], controls["legend"], board.body, below, controls["strip"]]
-    return Explorer(stack(*parts), _twin(board, colour), alt, controls, board.figures)
+    told = [controls[name] for name in ("note", "legend", "spoken")]
+    widget = stack(hint(tip), ControlNames(), *rows, *told, board.body, below, controls["strip"])
+    return Explorer(widget, _twin(board, colour), alt, controls, board.figures)
 
 
 def _hover_texts(table: Mapping[str, _Colouring]) -> list[str]:
@@ -454,7 +479,7 @@ def _hover_texts(table: Mapping[str, _Colouring]) -> list[str]:
 
 def _controls(board: _Board, colour: str, projection: str | None, seed: int, perplexity: float) -> dict[str, Any]:
     """All controls by name, and the places for text."""
-    menu: dict[str, Any] = {"layout": ipywidgets.Layout(width="236px"), "style": {"description_width": "76px"}}
+    menu: dict[str, Any] = {"layout": ipywidgets.Layout(width="236px"), "style": {"description_width": "84px"}}
     kind = projection or ("t-SNE" if board.count <= TSNE_POINTS else "PCA")
     steps = sorted({*(p for p in _PERPLEXITIES if p < min(board.count, TSNE_POINTS) / 3), perplexity})
     made: dict[str, Any] = {
@@ -485,7 +510,7 @@ def _controls(board: _Board, colour: str, projection: str | None, seed: int, per
     if len(board.features) > 2:
         for side, name in zip(("left", "right"), list(board.features)[:2], strict=True):
             made[side] = ipywidgets.Dropdown(options=list(board.features), value=name, description=side, **menu)
-    made |= {name: ipywidgets.HTML() for name in ("note", "legend", "strip", "selection")}
+    made |= {name: ipywidgets.HTML() for name in ("note", "legend", "spoken", "strip", "selection")}
     made["hover"] = ipywidgets.HTML(
         panels.block("The point under the mouse is shown here."), layout=ipywidgets.Layout(width="210px")
     )
@@ -502,7 +527,7 @@ def _observe(board: _Board) -> None:
 def _twin(board: _Board, colour: str) -> go.Figure:
     """The live picture without its rings; names of colours in a legend where it has no scale."""
     twin = go.Figure(board.figures["embedding"])
-    twin.data = twin.data[: board.panels]
+    twin.layout.shapes = ()
     palette = board.columns[colour].palette
     if 0 < len(palette) <= len(CATEGORIES):
         for name, shade in palette.items():

@@ -12,6 +12,7 @@ from scipy.linalg import orthogonal_procrustes
 from medlib.explore import panels, pixels
 from medlib.explore.density import cluster_scores
 from medlib.explore.embedding import nearest
+from medlib.explore.live import ControlNames, LiveFigure
 from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation, unit
 from medlib.explore.projection import MAY_NOT_BE_READ, PROJECTIONS, project
 from medlib.explore.show import Explorer, hint, redraw, stack
@@ -232,7 +233,7 @@ class _Film:
                 palette = category_colours(values)
                 self.colours[name] = [palette[value] for value in values], palette
         self.controls: dict[str, Any] = {}
-        self.figures = {"picture": go.FigureWidget(self._picture()), "measures": go.FigureWidget(self._measures())}
+        self.figures = {"picture": LiveFigure(self._picture()), "measures": LiveFigure(self._measures())}
 
     def _picture(self) -> go.Figure:
         count = len(self.methods)
@@ -304,11 +305,20 @@ class _Film:
             for note, (name, snapshots) in zip(picture.layout.annotations, self.methods.items(), strict=True):
                 alike = panels.mean_cosine(unit(snapshots[_at(snapshots, step)]))  # each picture has a scale of its own
                 note.text = f"<b>{name}</b>, mean cosine {alike:.2f}"
+        self.say()
         at = self.steps.index(step)
         with curves.batch_update():
             for line in curves.layout.shapes:
                 line.x0 = line.x1 = at
         self.follow()
+
+    def say(self) -> None:
+        """What the pictures and curves show at this step, as sentences: their twin for a reader who does not see it."""
+        told = [f"{self.figures['picture'].layout.title.text}."]
+        for note, lines in zip(self.figures["picture"].layout.annotations, self.measures.values(), strict=True):
+            numbers = [f"{measure} {line[_at(line, self.step)]:.2f}" for measure, line in lines.items()]
+            told.append(", ".join([note.text.replace("<b>", "").replace("</b>", ""), *numbers]) + ".")
+        self.controls["spoken"].value = panels.spoken(" ".join(told))
 
     def follow(self, change: object = None) -> None:
         """The way of the chosen point up to this step, and its picture with what lies nearest to it now."""
@@ -368,7 +378,7 @@ def history_explorer(
         raise ValueError(f"lengths differ: {len(places)} positions, but {wrong}")
     thumbs = None if thumbnails is None else pixels.shrink(np.asarray(thumbnails, np.uint8), 96)
     film = _Film(methods, places, owners, kinds, thumbs, title, seed)
-    menu: dict[str, Any] = {"layout": ipywidgets.Layout(width="236px"), "style": {"description_width": "76px"}}
+    menu: dict[str, Any] = {"layout": ipywidgets.Layout(width="236px"), "style": {"description_width": "84px"}}
     last = len(film.steps) - 1
     film.controls = {
         "play": ipywidgets.Play(value=last, min=0, max=last, interval=_PLAY_MS, description="play the training"),
@@ -378,7 +388,7 @@ def history_explorer(
         "colour": ipywidgets.Dropdown(options=list(film.colours), description="colour by", **menu),
         "point": ipywidgets.IntSlider(value=0, min=0, max=len(places) - 1, description="point",
                                       continuous_update=False, **menu),
-        **{name: ipywidgets.HTML() for name in ("legend", "note", "strip")},
+        **{name: ipywidgets.HTML() for name in ("legend", "note", "spoken", "strip")},
     }  # fmt: skip
     controls = film.controls
     film.change_projection()
@@ -404,9 +414,10 @@ def history_explorer(
         f"coloured by position, for {' and '.join(methods)}, with curves of measures over the steps below."
     )
     rows = [
-        ipywidgets.HBox([controls[name] for name in names])
+        ipywidgets.HBox([controls[name] for name in names], layout={"align_items": "center"})
         for names in (("play", "step"), ("projection", "colour", "point"))
     ]
-    widget = stack(hint(tip), *rows, controls["note"], controls["legend"], *film.figures.values(), controls["strip"])
+    above = [hint(tip), ControlNames(), *rows, *(controls[name] for name in ("note", "legend", "spoken"))]
+    widget = stack(*above, *film.figures.values(), controls["strip"])
     twin = history_figure(methods, places, owners.tolist(), kinds, title=title)
     return Explorer(widget, twin, alt, controls, film.figures)

@@ -23,6 +23,12 @@ def block(html: str) -> str:
     return f'<div style="{TEXT}">{html}</div>'
 
 
+def spoken(text: str) -> str:
+    """``text`` for a reader who listens to the page; it takes no room on it."""
+    away = "position:absolute;width:1px;height:1px;margin:0;overflow:hidden;clip-path:inset(50%)"
+    return f'<p style="{away}">{escape(text)}</p>'
+
+
 def chips(colours: Mapping[str, str]) -> str:
     """A legend; nothing where there are too many entries to tell their colours apart."""
     if not 0 < len(colours) <= len(CATEGORIES):
@@ -49,7 +55,7 @@ def hovered(thumb: np.ndarray, lines: Sequence[str]) -> str:
     """The point under the mouse: its (h,w) uint8 picture beside its ``lines``."""
     cell = picture_cell(pixels.blend(thumb), "", lines[0], side=64)
     text = "".join(f"<div>{escape(line)}</div>" for line in lines)
-    return block(f'<div style="display:flex;gap:10px;align-items:center">{cell}<div>{text}</div></div>')
+    return block(f'<div style="display:flex;gap:10px;align-items:flex-start">{cell}<div>{text}</div></div>')
 
 
 def chosen(

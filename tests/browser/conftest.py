@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from medlib.paths import NOTEBOOKS
+
+CORAL = "04_coral.ipynb"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]  # as root, and without a graphics card
 WAIT = 300_000  # ms; a machine that has nothing else to do needs a hundredth of it
 TALL = {"width": 1400, "height": 2600}  # JupyterLab draws what is near the window
@@ -83,8 +86,9 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def lab(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """A JupyterLab in a folder of its own."""
+    """A JupyterLab in a folder of its own, with a copy of notebook 04; its kernels work at scale ``ci``."""
     folder, settings = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("settings")
+    shutil.copy(NOTEBOOKS / CORAL, folder)
     tracker = settings / "lab" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     tracker.parent.mkdir(parents=True)
     tracker.write_text('{"windowingMode": "none"}')  # every output is on the page, also those out of sight
@@ -93,6 +97,7 @@ def lab(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
     environment = os.environ | {
+        "MEDLIB_SCALE": "ci",
         "MEDLIB_PNG": "0",
         "JUPYTER_CONFIG_DIR": str(settings / "config"),
         "JUPYTER_RUNTIME_DIR": str(settings / "runtime"),

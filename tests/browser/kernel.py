@@ -1,4 +1,4 @@
-"""A notebook open in JupyterLab, driven from outside: ask its kernel, find and touch its figures."""
+"""A notebook open in JupyterLab, driven from outside: run it, ask its kernel, find and touch its figures."""
 
 import ast
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 PATIENCE = 60_000  # ms, for an answer that takes a fraction of a second on a machine with nothing else to do
 _IDLE = "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+_CELLS = "[...jupyterapp.shell.currentWidget.content.model.cells].filter((cell) => cell.type === 'code')"
 _ASK = """async (expression) => {
     const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
     const request = { code: "", store_history: false, user_expressions: { answer: expression } };
@@ -33,6 +34,15 @@ class OpenNotebook:
         self.page = page
         page.wait_for_selector(".jp-Notebook .jp-Cell")
         page.wait_for_function(_IDLE)
+
+    def run(self) -> None:
+        """Run all cells, from cleared outputs, until the last is done; no cell may fail."""
+        self.page.evaluate("() => jupyterapp.commands.execute('editmenu:clear-all')")
+        self.page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
+        ran = f"{_CELLS}.every((cell) => cell.executionCount !== null && cell.executionState !== 'running')"
+        self.page.wait_for_function(f"() => {ran} && {_IDLE}", polling=500)
+        outputs = f"{_CELLS}.flatMap((cell) => cell.outputs.toJSON())"
+        assert self.page.evaluate(f"() => {outputs}.filter((output) => output.output_type === 'error')") == []
 
     def ask(self, expression: str) -> Any:
         """What ``expression`` is in the kernel: a literal (number, text, list, ...)."""
@@ -65,3 +75,20 @@ class OpenNotebook:
         self.page.mouse.move(x, y)
         self.page.wait_for_timeout(150)
         self.page.mouse.click(x, y)
+
+    def lasso(self, title: str, points: list[int], around: float = 12) -> None:
+        """Draw a lasso that holds ``points``, a rectangle ``around`` pixels larger, at the pace of a hand.
+
+        What the mouse hovered over must have reached Python: of messages that wait, plotly's figure keeps the last.
+        """
+        xs, ys = zip(*self.places(title, points), strict=True)
+        left, right, top, bottom = min(xs) - around, max(xs) + around, min(ys) - around, max(ys) + around
+        mouse = self.page.mouse
+        mouse.move(left, top)
+        self.page.wait_for_timeout(200)
+        mouse.down()
+        for x, y in ((right, top), (right, bottom), (left, bottom), (left, top)):
+            mouse.move(x, y, steps=4)
+        self.page.wait_for_timeout(300)
+        self.page.wait_for_function(_IDLE)
+        mouse.up()

@@ -1,13 +1,18 @@
 """Widgets in a real JupyterLab: what a hand does reaches Python, and what Python answers reaches the page."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import nbformat
 import pytest
 
-from tests.browser.conftest import TALL, Lab
+from tests.browser.conftest import CORAL, TALL, Lab
 from tests.browser.kernel import FIGURE, OpenNotebook
+
+EXPLORER = "[e for e in Out.values() if type(e).__name__ == 'Explorer' and {!r} in e.controls][0]"
+CONTROLS = "button, input, select, textarea, [role=slider]"  # those of a page; plotly's own buttons come with it
+COLOURS = f"(title) => [...{FIGURE}(title)._fullData[0].marker.color].map(String).join()"
 
 POINTS = 100_000
 MANY = [
@@ -23,15 +28,6 @@ kept = {{"projection": "PCA", "title": "Many"}}
 explorer = embedding_explorer({{"voxels": features}}, position, patients, thumbnails, **kept)""",
     "shown = time.time()\nexplorer",
 ]
-FEW = """import numpy as np
-from medlib.explore import embedding_explorer
-rng = np.random.default_rng(0)
-position = rng.random(40)
-patients = [f"patient{i % 5}" for i in range(40)]
-methods = {"one": rng.normal(size=(40, 8)), "two": rng.normal(size=(40, 8))}
-thumbnails = rng.integers(0, 255, (40, 12, 12), np.uint8)
-explorer = embedding_explorer(methods, position, patients, thumbnails, projection="PCA", title="Few")
-explorer"""
 PAINTED = f"""async () => {{
     const drawn = () => {{ const one = {FIGURE}("Many"); return one && one.querySelector(".gl-canvas, canvas") &&
         one._fullData && one._fullData[0].x.length === {POINTS} && one._fullLayout.xaxis._offset; }};
@@ -59,22 +55,91 @@ def opened(lab: Lab, open_page: Callable, name: str, cells: list[str]) -> tuple[
     return notebook, watch
 
 
-def test_a_hand_reaches_python_and_python_the_page(lab: Lab, open_page: Callable) -> None:
-    notebook, watch = opened(lab, open_page, "few.ipynb", [FEW])
-    page, seen = notebook.page, notebook.figure("Few")
-
-    notebook.click("Few", point=17)
-    notebook.until("explorer.controls['point'].value", lambda value: value == 17)
-    alt = notebook.ask("patients[17] + f', position {position[17]:.2f}'")
-    seen.get_by_alt_text(alt, exact=True).first.wait_for()
-
-    colours = f"(title) => [...{FIGURE}(title)._fullData[0].marker.color].map(String).join()"
-    by_position = page.evaluate(colours, "Few")
-    seen.get_by_label("colour by").select_option("patient")
-    notebook.until("explorer.controls['colour'].value", lambda value: value == "patient")
-    page.wait_for_function(f"([title, old]) => ({colours})(title) !== old", arg=["Few", by_position])
-
+def test_notebook_04_answers_a_hand(lab: Lab, open_page: Callable) -> None:
+    page, watch = open_page(lab.notebook(CORAL), lab.address, viewport=TALL)
+    notebook = OpenNotebook(page)
+    notebook.run()
+    move_a_slider(notebook)
+    explore_the_embedding(notebook)
+    play_the_training(notebook)
     assert watch.errors == [] and watch.outside == []
+
+
+def move_a_slider(notebook: OpenNotebook) -> None:
+    """The threshold of section 3: Python computes the curve again, the page draws it."""
+    pull, threshold = "Pull (+) or push", f"{EXPLORER.format('threshold')}.controls['threshold'].value"
+    page, handle = notebook.page, notebook.figure(pull).locator(".noUi-handle").first
+    before, drawn = notebook.ask(threshold), page.evaluate(f"(title) => {FIGURE}(title)._fullData[0].y[50]", pull)
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    handle.press("ArrowRight")
+    assert notebook.until(threshold, lambda value: value > before) < before + 0.2
+    page.wait_for_function(f"([title, old]) => {FIGURE}(title)._fullData[0].y[50] !== old", arg=[pull, drawn])
+
+
+def explore_the_embedding(notebook: OpenNotebook) -> None:
+    """A click, another colour, a lasso; and each control has a name and a place in the order of Tab."""
+    slices, explorer, page = "Validation slices", EXPLORER.format("selected only"), notebook.page
+    seen, embedding = notebook.figure(slices), f"{explorer}.figures['embedding']"
+    notebook.click(slices, point=17)
+    notebook.until(f"{explorer}.controls['point'].value", lambda value: value == 17)
+    name = notebook.ask(f"str({embedding}.data[0].text[17])").replace("<br>", ", ")
+    picture = seen.get_by_alt_text(name, exact=True).first
+    picture.wait_for()
+    assert picture.bounding_box()["width"] >= 60
+    ringed = notebook.ask(f"[float({embedding}.data[k].x[17]) for k in (0, 1)]")
+    circles = f"(title) => {FIGURE}(title)._fullLayout.shapes.map((circle) => circle.xanchor)"
+    page.wait_for_function(f"([title, at]) => at.every((x) => ({circles})(title).includes(x))", arg=[slices, ringed])
+
+    by_position, patient = page.evaluate(COLOURS, slices), name.split(", ")[0]
+    legend = seen.locator("span:visible", has_text=re.compile(f"^{patient}$"))
+    assert legend.count() == 0
+    seen.get_by_label("colour by").select_option("patient")
+    notebook.until(f"{explorer}.controls['colour'].value", lambda value: value == "patient")
+    page.wait_for_function(f"([title, old]) => ({COLOURS})(title) !== old", arg=[slices, by_position])
+    legend.first.wait_for()
+
+    notebook.lasso(slices, [17])
+    picked = notebook.until(f"list(map(int, {embedding}.data[0].selectedpoints or ()))", lambda points: 17 in points)
+    count = notebook.ask(f"len({embedding}.data[0].x)")
+    assert len(picked) < count
+    linked = f"(title) => [...({FIGURE}(title)._fullData[1].selectedpoints || [])].join()"
+    page.wait_for_function(f"([title, rows]) => ({linked})(title) === rows", arg=[slices, ",".join(map(str, picked))])
+    assert notebook.ask(f"list(map(int, {embedding}.data[1].selectedpoints))") == picked
+    seen.get_by_text(f"{len(picked)} of {count} points selected").wait_for()
+    check_controls(seen)
+
+
+def play_the_training(notebook: OpenNotebook) -> None:
+    """The film of section 10, from its first step to its last."""
+    film, explorer, page = "CORAL's pre-training", EXPLORER.format("play"), notebook.page
+    seen, step = notebook.figure(film), f"{explorer}.controls['step'].value"
+    last = notebook.ask(step)
+    title = f"(title) => {FIGURE}(title)._fullLayout.title.text"
+    picture = f"(title) => [...{FIGURE}(title)._fullData[0].x].join()"
+    ended = page.evaluate(picture, film)
+    seen.get_by_role("button", name="back to the start").click()
+    notebook.until(step, lambda value: value == 0)
+    page.wait_for_function(f"(title) => ({title})(title).endsWith('step 0')", arg=film)
+    page.wait_for_function(f"([title, old]) => ({picture})(title) !== old", arg=[film, ended])
+    seen.get_by_role("button", name="play or pause").click()
+    notebook.until(step, lambda value: value == last)
+    page.wait_for_function(f"([title, end]) => ({title})(title).endsWith(end)", arg=[film, f"step {last}"])
+    page.wait_for_function(f"([title, old]) => ({picture})(title) === old", arg=[film, ended])
+    assert seen.get_by_text(f"step {last}. CORAL, mean cosine").count() == 1, "the twin for those who listen"
+    check_controls(seen)
+
+
+def check_controls(seen: Any) -> None:
+    """A screen reader can name each control, and Tab reaches each that is not disabled."""
+    from playwright.sync_api import expect
+
+    controls = [one for one in seen.locator(CONTROLS).all() if one.is_visible()]
+    own = [one for one in controls if not one.evaluate("(one) => one.closest('.js-plotly-plot') !== null")]
+    assert len(own) > 5
+    for one in own:
+        expect(one).to_have_accessible_name(re.compile(r"\w"))
+        assert one.evaluate("(one) => one.disabled || one.tabIndex >= 0")
 
 
 def test_100_000_points_stay_fluid(lab: Lab, open_page: Callable, capsys: pytest.CaptureFixture[str]) -> None:
