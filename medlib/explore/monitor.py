@@ -33,8 +33,8 @@ from medlib.train import CHECKPOINT, METRICS, Predict, StageResult, StopTraining
 _SAMPLES = 3  # slices that are shown
 _TILE = 104  # px of a sample, at most
 _CURVES = 250  # px of the part with the curves
-_HEAD, _FOOT, _LEFT, _RIGHT, _APART = 104, 56, 60, 24, 6  # px
-_MEAN = "mean Dice"
+_HEAD, _FOOT, _LEFT, _RIGHT, _APART, _TITLES = 112, 52, 60, 56, 6, 66  # px
+_MEAN, _CLASS = "mean Dice", "Dice of "
 _SILENT = 60.0  # s without a line after which a watched stage gives way to a newer one
 _SECONDS = 5.0  # s to wait for a run that was asked to stop when the waiting itself was interrupted
 
@@ -52,8 +52,8 @@ def training_monitor(
     run: what trains, called in a thread of its own as ``run(callback=...)``, such as
     ``functools.partial(session.run, method, loaded)``; or the folder of a run that another process makes: its output
     folder, of which the stage written last is shown, or one stage's folder · samples: prepared scans with a label, of
-    three of which the slice with the largest structures is shown · method: of a watched folder, to predict the samples
-    with its checkpoints · interval: seconds between drawings.
+    three patients of which the slice with the largest structures is shown · method: of a watched folder, to predict the
+    samples with its checkpoints · interval: seconds between drawings.
 
     A run is begun by its button or by ``start()``, which returns at once: other cells can be run meanwhile. (Those that
     draw from PyTorch's global generator also draw from its dropout's.) Stopped, it leaves a checkpoint at the next line
@@ -81,7 +81,9 @@ class TrainingMonitor(Explorer):
     ) -> None:
         self._run = run if callable(run) else None
         self._folder = None if callable(run) else _Folder(run, method, samples)
-        self._pictures = [_Sample(one) for one in samples[:_SAMPLES]]
+        of_each = {one.case.patient: one for one in reversed(samples)}  # the first scan of a patient
+        shown = [one for one in samples if of_each[one.case.patient] is one][:_SAMPLES]
+        self._pictures = [_Sample(one) for one in shown]
         self._title, self._interval = title, interval
         self._handle = DisplayHandle()
         self._lock, self._ask, self._over = threading.RLock(), threading.Event(), threading.Event()
@@ -375,7 +377,7 @@ class _Sample:
         """What is to be said of the prediction."""
         if self._guess is None:
             return "not predicted yet"
-        return f"step {self.step:,}: {100 * np.mean(self._guess != self._label):.1f} % wrong"
+        return f"{100 * np.mean(self._guess != self._label):.1f} % wrong"
 
 
 def _terms(history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -393,20 +395,20 @@ class _Curves:
         self.title, self.samples = title, samples
         wide = WIDTH - _LEFT - _RIGHT
         self._tile = min(_TILE, (wide + _APART) // (2 * max(1, len(samples))) - _APART)
-        strip = 40 + self._tile + 50 if samples else 0  # words, pictures, words and the legend of the classes
+        strip = _TITLES + self._tile + 28 if samples else 0  # of axes and samples, pictures, words
         inner = _CURVES + strip
         frame = make_subplots(2, 2, specs=[[{"rowspan": 2}, {}], [None, {}]])
         foot, middle = strip / inner, (inner + strip) / 2 / inner
         frame.update_layout(
             template=TEMPLATE,
-            title=title,
+            title={"text": title, "y": 1 - 30 / (inner + _HEAD + _FOOT), "yanchor": "top"},
             height=inner + _HEAD + _FOOT,
             margin={"l": _LEFT, "r": _RIGHT, "t": _HEAD, "b": _FOOT, "autoexpand": False},
             legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
             xaxis={"domain": [0, 0.54], "title": "step", "rangemode": "tozero"},
             yaxis={"domain": [foot, 1], "title": "loss term"},
             xaxis2={"domain": [0.66, 1], "showticklabels": False, "matches": "x3"},
-            yaxis2={"domain": [middle + 0.03, 1], "title": "validation Dice", "range": [0, 1.03]},
+            yaxis2={"domain": [middle + 0.03, 1], "title": "Dice (thick: mean)", "range": [0, 1.03]},
             xaxis3={"domain": [0.66, 1], "title": "step", "rangemode": "tozero"},
             yaxis3={"domain": [foot, middle - 0.03], "title": "learning rate", "rangemode": "tozero", "nticks": 4,
                     "exponentformat": "e"},
@@ -435,13 +437,15 @@ class _Curves:
         checks = [(line, line["val_dice"]) for line in history if "val_dice" in line]
         structures = dict.fromkeys(name for _, dice in checks for name in dice)
         curves = {name: (1, 1, [(line, line[name]) for line in history if name in line]) for name in terms}
-        curves |= {f"Dice of {name}": (1, 2, [(line, dice[name]) for line, dice in checks]) for name in structures}
+        curves |= {f"{_CLASS}{name}": (1, 2, [(line, dice[name]) for line, dice in checks]) for name in structures}
         curves[_MEAN] = (1, 2, [(line, float(np.nanmean(list(dice.values())))) for line, dice in checks])
         curves["learning rate"] = (2, 2, [(line, line["lr"]) for line in history if "lr" in line])
         for name, (row, column, points) in curves.items():
             if points:
                 x, y = thin([starts[line["stage"]] + line["step"] for line, _ in points], [v for _, v in points])
-                redraw(self._trace(name, row, column, [*terms].index(name) if name in terms else None), x=x, y=y)
+                trace = self._trace(name, row, column, terms.index(name) if name in terms else None)
+                ends = {"text": [""] * (len(x) - 1) + [name.removeprefix(_CLASS)]} if name.startswith(_CLASS) else {}
+                redraw(trace, x=x, y=y, **ends)
         latest = {name: line[name] for line in history for name in (*terms, "lr") if name in line}
         words = [f"{'learning rate' if name == 'lr' else name} {value:.3g}" for name, value in latest.items()]
         now = " · ".join(words) or "nothing logged yet"
@@ -458,6 +462,14 @@ class _Curves:
             self._traces[name] = len(self.figure.data)
             mode = "lines+markers" if row == 1 and column == 2 else "lines"
             trace = go.Scatter(name=name, x=[], y=[], mode=mode, line=line, showlegend=term is not None)
+            if name.startswith(_CLASS):  # its name at its end
+                trace.update(
+                    mode="lines+markers+text",
+                    textposition="middle right",
+                    cliponaxis=False,
+                    text=[],
+                    textfont={"size": 10},
+                )
             self.figure.add_trace(trace, row=row, col=column)
         return self.figure.data[self._traces[name]]
 
@@ -472,15 +484,26 @@ class _Curves:
             here = {"xref": "x4", "yref": "y4"}
             left = 2 * i * (self._tile + _APART)
             right = left + self._tile + _APART
-            below = {**here, "y": 40 + self._tile + 12, "xanchor": "left", "font": {"size": 11}}
+            below = {**here, "y": _TITLES + self._tile + 12, "xanchor": "left", "font": {"size": 11}}
             words += [
-                {"text": f"<b>{one.name}</b>", "x": left, "y": 29, "xanchor": "left", "font": {"color": INK}, **here},
+                {
+                    "text": f"<b>{one.name}</b>",
+                    "x": left,
+                    "y": _TITLES - 11,
+                    "xanchor": "left",
+                    "font": {"color": INK},
+                    **here,
+                },
                 {"text": "label", "x": left, **below},
                 {"text": one.caption(), "x": right, **below},
             ]
             for x, tile in zip((left, right), one.tiles(), strict=True):
-                where = {"x": x, "y": 40, "sizex": self._tile, "sizey": self._tile, "sizing": "contain", **here}
+                where = {"x": x, "y": _TITLES, "sizex": self._tile, "sizey": self._tile, "sizing": "contain", **here}
                 images.append({"source": pixels.data_uri(tile), **where})
+        steps = {one.step for one in self.samples if one.step is not None}
+        if steps:
+            corner = {"x": 1, "xref": "paper", "xanchor": "right", "y": 0, "yref": "paper", "yshift": -18}
+            words.append({**corner, "text": f"predicted at step {max(steps):,}"})
         written = [f"{word['text']} {word['x']}" for word in words]
         if written != self._written:
             lines = [{"type": "line", "xref": "x", "yref": "y domain", "x0": x, "x1": x, "y0": 0, "y1": 1,
