@@ -14,6 +14,7 @@ from torch import Tensor
 
 from medlib.augment import ThinPlateAugmentation, Warp
 from medlib.explore import pixels
+from medlib.explore.live import LiveFigure
 from medlib.explore.show import Explorer, hint, redraw, stack
 from medlib.explore.style import (
     CARD,
@@ -134,7 +135,7 @@ def anchor_explorer(
     step, line, left = width * 1.04, height * 1.04, 62
     scale = (WIDTH - left - 20) / (step * count)
     head = _lines_of(titles or ()) * _LINE / scale + 0.02 * height
-    figure = go.FigureWidget(layout={"template": TEMPLATE, "height": round(86 + 50 + (head + 2 * line) * scale)})
+    figure = LiveFigure(layout={"template": TEMPLATE, "height": round(86 + 50 + (head + 2 * line) * scale)})
     limits = tuple(np.percentile(images, (1, 99)))
     for n in range(count):
         gray = pixels.to_gray(images[n].astype(np.float32), limits)
@@ -263,7 +264,7 @@ def relation_explorer(
     """
     tables = _check_relations(relations, classes)
     names = list(tables)
-    figure = go.FigureWidget(relation_figure({names[-1]: tables[names[-1]]}, classes, title=title))
+    figure = LiveFigure(relation_figure({names[-1]: tables[names[-1]]}, classes, title=title))
     figure.update_layout(height=400, width=520)
     wide = {"layout": ipywidgets.Layout(width="420px"), "style": {"description_width": "60px"}}
     controls = {"shown": ipywidgets.SelectionSlider(options=names, value=names[-1], description="shown", **wide)}
@@ -323,7 +324,7 @@ def relation_plane(
         xaxis2={"title": "negatives come from", "showgrid": False},
         yaxis2={"title": "class", "showgrid": False, "autorange": "reversed"},
     )
-    figure = go.FigureWidget(frame)
+    figure = LiveFigure(frame)
     wide: dict[str, Any] = {"layout": ipywidgets.Layout(width="350px"), "style": {"description_width": "50px"}}
     radius, angle = np.linalg.norm(moved, axis=1), np.degrees(np.arctan2(moved[:, 1], moved[:, 0])) % 360
     chosen = len(moved) - 1
@@ -415,7 +416,7 @@ def warp_explorer(
     plain, limits = torch.from_numpy(image)[None, None], tuple(np.percentile(image, (1, 99)))
     names = ["x", "F(x)", "T(F(x))", "T(x)", "F(T(x))", "where they differ"]
     cell, head = (WIDTH - 40) / 3, 24
-    figure = go.FigureWidget(layout={"template": TEMPLATE, "height": round(84 + 44 + 2 * (cell + head))})
+    figure = LiveFigure(layout={"template": TEMPLATE, "height": round(84 + 44 + 2 * (cell + head))})
     for n, name in enumerate(names):
         x, y = n % 3 * cell, n // 3 * (cell + head) + head
         figure.add_layout_image(
@@ -532,7 +533,7 @@ def neighbour_explorer(
     limits = tuple(np.percentile(np.concatenate([images, bank]), (1, 99)))
     pictures = [pixels.data_uri(pixels.blend(pixels.to_gray(pixels.shrink(one, 128), limits))) for one in bank]
     queries = [pixels.data_uri(pixels.blend(pixels.to_gray(pixels.shrink(one, 128), limits))) for one in images]
-    figure = go.FigureWidget(
+    figure = LiveFigure(
         layout={"template": TEMPLATE, "title": title, "height": round(66 + 10 + len(lines) * (cell + foot))}
     )
     for row, name in enumerate(lines):

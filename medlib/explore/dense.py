@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from medlib.explore import pixels
+from medlib.explore.live import LiveFigure
 from medlib.explore.measures import unit
 from medlib.explore.show import Explorer, hint, redraw, stack
 from medlib.explore.style import CATEGORIES, DISAGREEMENT, INK, SERIES, TEMPLATE, WIDTH, bare_axis
@@ -204,7 +205,7 @@ def correspondence_explorer(
     places = [key, *((k * (small + _SMALL_GAP), 1.12, small) for k in range(len(slices)))]
     down = 1.12 + small if len(slices) else 1.0
     scale, head, foot = (WIDTH - 40) / across, 118, 12
-    figure = go.FigureWidget(layout={"template": TEMPLATE, "height": round(head + foot + down * scale)})
+    figure = LiveFigure(layout={"template": TEMPLATE, "height": round(head + foot + down * scale)})
     limits = tuple(np.percentile(np.concatenate([first[None], second[None], slices]), (1, 99)))
     for view, place in zip([first, second, *slices], [query, *places], strict=True):
         _put(figure, pixels.blend(pixels.to_gray(view.astype(np.float32), limits)), place)

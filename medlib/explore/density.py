@@ -14,6 +14,7 @@ from sklearn.metrics import davies_bouldin_score, silhouette_score, v_measure_sc
 from torch import Tensor
 
 from medlib.explore import pixels
+from medlib.explore.live import LiveFigure
 from medlib.explore.measures import unit
 from medlib.explore.show import Explorer, hint, redraw, stack
 from medlib.explore.style import (
@@ -388,7 +389,7 @@ def density_explorer(
         x, y = _beside(moved[rows])
         frame.add_annotation(x=x, y=y, text=f"✥ {name}", bgcolor=CARD, bordercolor=INK, borderpad=3, opacity=0.85,
                              font={"color": INK})  # fmt: skip
-    figure = go.FigureWidget(frame)
+    figure = LiveFigure(frame)
     figure._config = {**figure._config, "edits": {"annotationPosition": True}}
 
     def draw(change: object = None) -> None:

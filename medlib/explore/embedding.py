@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from medlib.explore import panels, pixels
-from medlib.explore.live import ControlNames, LiveFigure
+from medlib.explore.live import LiveFigure
 from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation, unit
 from medlib.explore.projection import (
     MAY_NOT_BE_READ,
@@ -463,7 +463,7 @@ def embedding_explorer(
     rows = [ipywidgets.HBox([controls[name] for name in names], layout={"align_items": "center"}) for names in keys]
     below = ipywidgets.HBox([controls["hover"], controls["selection"]])
     told = [controls[name] for name in ("note", "legend", "spoken")]
-    widget = stack(hint(tip), ControlNames(), *rows, *told, board.body, below, controls["strip"])
+    widget = stack(hint(tip), *rows, *told, board.body, below, controls["strip"])
     return Explorer(widget, _twin(board, colour), alt, controls, board.figures)
 
 

@@ -12,7 +12,7 @@ from scipy.linalg import orthogonal_procrustes
 from medlib.explore import panels, pixels
 from medlib.explore.density import cluster_scores
 from medlib.explore.embedding import nearest
-from medlib.explore.live import ControlNames, LiveFigure
+from medlib.explore.live import LiveFigure
 from medlib.explore.measures import direction_alignment, position_probe_error, rank_correlation, unit
 from medlib.explore.projection import MAY_NOT_BE_READ, PROJECTIONS, project
 from medlib.explore.show import Explorer, hint, redraw, stack
@@ -417,7 +417,7 @@ def history_explorer(
         ipywidgets.HBox([controls[name] for name in names], layout={"align_items": "center"})
         for names in (("play", "step"), ("projection", "colour", "point"))
     ]
-    above = [hint(tip), ControlNames(), *rows, *(controls[name] for name in ("note", "legend", "spoken"))]
+    above = [hint(tip), *rows, *(controls[name] for name in ("note", "legend", "spoken"))]
     widget = stack(*above, *film.figures.values(), controls["strip"])
     twin = history_figure(methods, places, owners.tolist(), kinds, title=title)
     return Explorer(widget, twin, alt, controls, film.figures)

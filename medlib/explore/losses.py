@@ -13,6 +13,7 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from medlib.explore.live import LiveFigure
 from medlib.explore.panels import block
 from medlib.explore.show import Explorer, hint, redraw, stack
 from medlib.explore.style import CARD, GRID, INK, MUTED, SERIES, TEMPLATE, position_scale
@@ -84,7 +85,7 @@ def loss_slider(
             "yaxis": {"title": y_title, "range": [low - room, high + room]},
         },
     )
-    figure = go.FigureWidget(twin)
+    figure = LiveFigure(twin)
 
     def draw(change: object = None) -> None:
         drawn = curves(**values())
@@ -172,7 +173,7 @@ def loss_explorer(
     unit_pull = {n: max(float(np.abs(found).max()), 1e-9) for n in losses if (found := pulls(n, start)) is not None}
     turn = np.linspace(0, 360, _ANGLES)
     around = np.stack([np.cos(np.radians(turn)), np.sin(np.radians(turn))], axis=1)
-    figure = go.FigureWidget(_loss_frame(list(losses), start, list(positions), turn, around, named, bool(unit_pull)))
+    figure = LiveFigure(_loss_frame(list(losses), start, list(positions), turn, around, named, bool(unit_pull)))
     readout = ipywidgets.HTML()
 
     def draw(change: object = None) -> None:

@@ -21,6 +21,7 @@ from medlib.data.prepare import Prepared
 from medlib.evaluate import predict_volume
 from medlib.explore import pixels
 from medlib.explore.curves import term_names, thin
+from medlib.explore.live import LiveFigure
 from medlib.explore.panels import block
 from medlib.explore.show import Explorer, hint, redraw, show_widget, stack
 from medlib.explore.slices import class_legend
@@ -422,7 +423,7 @@ class _Curves:
             )
             class_legend(frame, samples[0].classes, samples[0].colours, disagreement=True)
             frame.for_each_trace(lambda trace: trace.update(legend="legend2", xaxis="x4", yaxis="y4"))
-        self.figure = go.FigureWidget(frame)
+        self.figure = LiveFigure(frame)
         self._traces: dict[str, int] = {}
         self._written: list[str] = []
 

@@ -14,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 from IPython.display import display
 
+from medlib.explore.live import ControlNames
 from medlib.explore.pixels import decode_canvas, encode_png, fewer_colours
 
 PNG_LIMIT = 150_000  # bytes of one picture in a committed notebook
@@ -171,5 +172,5 @@ def hint(text: str) -> ipywidgets.HTML:
 
 
 def stack(*parts: ipywidgets.Widget) -> ipywidgets.VBox:
-    """``parts`` under each other, as wide as a figure."""
-    return ipywidgets.VBox(list(parts), layout=ipywidgets.Layout(width="740px"))
+    """``parts`` under each other, as wide as a figure, with names that a screen reader can say."""
+    return ipywidgets.VBox([*parts, ControlNames()], layout=ipywidgets.Layout(width="740px"))

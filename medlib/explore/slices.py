@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from medlib.explore import pixels
+from medlib.explore.live import LiveFigure
 from medlib.explore.show import Explorer, hint, stack
 from medlib.explore.style import DISAGREEMENT, INK, TEMPLATE, WIDTH, bare_axis
 
@@ -163,7 +164,7 @@ def volume_viewer(
         return pixels.label_overlay(maps[kind][z], colours)
 
     panels = 3 if maps else 1
-    figure = go.FigureWidget(
+    figure = LiveFigure(
         make_subplots(1, panels, column_widths=[0.38, 0.38, 0.24] if maps else None, horizontal_spacing=0.02)
     )
     stretch = {"x": 0, "y": 0, "sizex": width, "sizey": height * aspect, "sizing": "stretch"}

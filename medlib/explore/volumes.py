@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 
 from medlib.explore import pixels
 from medlib.explore.embedding import PROJECTIONS, project
+from medlib.explore.live import LiveFigure
 from medlib.explore.show import Explorer, hint, redraw, stack
 from medlib.explore.slices import check_classes, check_maps, class_legend
 from medlib.explore.style import CARD, DISAGREEMENT, INK, MUTED, SERIES, TEMPLATE, WIDTH, bare_axis, method_colours
@@ -298,7 +299,7 @@ def linked_planes(
 
     left, right = _LEFT, 64 if heat else _RIGHT
     foot = _legend_height(bool(masks) * (len(classes) - 1 + ("difference" in kinds)))
-    figure = go.FigureWidget(_board(volume.shape, mm, [""], title, left=left, right=right, foot=foot))
+    figure = LiveFigure(_board(volume.shape, mm, [""], title, left=left, right=right, foot=foot))
     _clickable(figure, volume.shape, mm)
     if masks:
         class_legend(figure, classes, colours, "difference" in kinds)
@@ -461,7 +462,7 @@ def neighborhood_explorer(
 
     shown = sorted(set(found.classes[found.classes > 0].tolist()))
     foot = _legend_height(6 + len(shown))
-    figure = go.FigureWidget(_board(images.shape[1:], mm, [""], title, left=_LEFT, right=_RIGHT, foot=_SPACE + foot))
+    figure = LiveFigure(_board(images.shape[1:], mm, [""], title, left=_LEFT, right=_RIGHT, foot=_SPACE + foot))
     _clickable(figure, images.shape[1:], mm)
     whole = figure.layout.height - _HEAD - _GAP
     low, high = foot / whole, (foot + _SPACE - 24) / whole

@@ -244,8 +244,12 @@ def test_a_folder_that_another_process_writes_is_watched(tmp_path):
     monitor = training_monitor(tmp_path, method=method, samples=data.val, interval=0.3)
     try:
         assert monitor.state == "watching" and "nothing is trained" in monitor.controls["status"].value
-        seen: list[tuple[str, int]] = []
-        trained = runner(tmp_path)(callback=lambda stage, step, terms: seen.append((stage, len(monitor.history))))
+
+        def follow(stage: str, step: int, terms: dict[str, Any]) -> None:
+            """Waits for the monitor, which could miss a whole stage of a run as short as this one."""
+            until(lambda: any(line["stage"] == stage for line in monitor.history))
+
+        trained = runner(tmp_path)(callback=follow)
         lines = [line for stage in trained.stages for line in stage.history()]
         until(lambda: monitor.history == lines)
         until(lambda: "step 6 of 6 · finished" in monitor.controls["status"].value)
