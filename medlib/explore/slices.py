@@ -242,9 +242,11 @@ def volume_viewer(
         "slice": ipywidgets.IntSlider(value=depth // 2 + 1, min=1, max=depth, description="slice", layout=wide)
     }
     if maps:
-        controls["overlay"] = ipywidgets.ToggleButtons(options=kinds, value=kinds[-1], style={"button_width": "100px"})
+        controls["overlay"] = ipywidgets.ToggleButtons(
+            options=kinds, value=kinds[-1], description="overlay", style={"button_width": "100px"}
+        )
         controls["opacity"] = ipywidgets.FloatSlider(
-            value=0.8, min=0, max=1, step=0.05, description="overlay", layout=wide
+            value=0.8, min=0, max=1, step=0.05, description="opacity", layout=wide
         )
 
     def draw(change: object = None) -> None:

@@ -484,6 +484,13 @@ def test_half_is_computed_in_float32(dtype):
         torch.testing.assert_close(half, full, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_match_is_found_where_half_precision_sees_a_tie(dtype):
+    query = torch.tensor([[[[1.0, 1.0]], [[0.0, 0.0]]]], dtype=dtype)  # two cells (1, 0)
+    key = torch.tensor([[[[1.0, 1.0]], [[0.02, 0.01]]]], dtype=dtype)  # cosines 0.9998 and 0.99995
+    assert dense_correspondence(query, key).tolist() == [[1, 1]]
+
+
 @pytest.mark.parametrize("chunk", [20, 2**22])
 def test_autocast_changes_nothing(monkeypatch, chunk):
     monkeypatch.setattr(ideal, "CHUNK", chunk)
