@@ -100,7 +100,8 @@ def explore_the_embedding(notebook: OpenNotebook) -> None:
     legend.first.wait_for()
 
     notebook.lasso(slices, [17])
-    picked = notebook.until(f"list(map(int, {embedding}.data[0].selectedpoints or ()))", lambda points: 17 in points)
+    held = f"(lambda held: [] if held is None else list(map(int, held)))({embedding}.data[0].selectedpoints)"
+    picked = notebook.until(held, lambda points: 17 in points)
     count = notebook.ask(f"len({embedding}.data[0].x)")
     assert len(picked) < count
     linked = f"(title) => [...({FIGURE}(title)._fullData[1].selectedpoints || [])].join()"
