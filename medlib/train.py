@@ -165,12 +165,17 @@ def train(
         networks = method.networks(data.classes)
     channels_last(networks.to(fabric.device))
     results = []
-    for stage in method.stages(data):
+    stages = method.stages(data)
+    for stage in stages:
         loop = _Loop(
             method, stage, networks, data, seed, output_dir, fabric, validate, validate_every,
             log_every, checkpoint_seconds, progress, callback, keep,
         )  # fmt: skip
         results.append(loop.run())
+        if loop.stopped and stage is not stages[-1]:
+            raise KeyboardInterrupt(
+                f"stopped after the last step of {stage.name}; its checkpoint is written, the same call goes on from it"
+            )
     networks.requires_grad_(True).eval()
     return Trained(networks, results)
 
@@ -234,6 +239,7 @@ class _Loop:
     progress: bool
     callback: Callback | None
     keep: Collection[int]
+    stopped: bool = False
 
     def run(self) -> StageResult:
         precision = precision_of(self.fabric)
@@ -260,6 +266,7 @@ class _Loop:
         with _own_randomness(self.seed, self.stage.name, self.fabric.device), _interruptible() as interrupted:
             self.interrupted = interrupted
             self._train(saved)
+            self.stopped = interrupted.is_set()
         return StageResult(self.stage.name, key, self.folder, self.stage.steps, self.seconds, reused=False)
 
     @contextlib.contextmanager

@@ -18,7 +18,7 @@ from medlib.methods import build
 from medlib.methods.baselines import Supervised
 from medlib.methods.pretraining import _Pretraining
 from medlib.paths import PROJECT
-from medlib.train import NonFiniteLoss, Trained, make_fabric, train
+from medlib.train import NonFiniteLoss, StopTraining, Trained, make_fabric, train
 from tests.tiny import SETTINGS, training_data
 
 
@@ -180,6 +180,20 @@ def test_an_interrupt_finishes_the_step_and_leaves_a_checkpoint(tmp_path, number
     resumed = run("supervised", tmp_path, callback=lambda stage, step, terms: seen.append(step))
     assert min(seen) > 2
     assert same(resumed, run("supervised", tmp_path / "whole"))
+
+
+def test_a_stop_at_the_last_step_of_a_stage_is_no_beginning_of_the_next(tmp_path):
+    seen: list[tuple[str, int]] = []
+
+    def stop(stage: str, step: int, terms: object) -> None:
+        seen.append((stage, step))
+        if seen[-1] == ("pretrain", 6):
+            raise StopTraining
+
+    with pytest.raises(KeyboardInterrupt, match="stopped after the last step of pretrain"):
+        run("coral", tmp_path, callback=stop)
+    assert seen[-1] == ("pretrain", 6)
+    assert same(run("coral", tmp_path), run("coral", tmp_path / "whole"))
 
 
 def test_training_works_off_the_main_thread(tmp_path):

@@ -127,11 +127,16 @@ def loss_explorer(
         raise ValueError(
             f"points must be (N,2), 2 <= N <= 8, one position each, got {start.shape} and {len(positions)} positions"
         )
+    positions = [float(position) for position in positions]
+    if not np.isfinite(start).all() or not all(0 <= position <= 1 for position in positions):
+        raise ValueError(f"points must be finite and positions in [0, 1], got {start.tolist()} and {positions}")
     named = isinstance(loss, Mapping)
     losses = dict(loss) if isinstance(loss, Mapping) else {"": loss}
+    if odd := [name for name, one in losses.items() if not isinstance(name, str) or not callable(one)]:
+        raise TypeError(f"loss must be a function, or a mapping of names to functions; that of {odd} is none")
     if not 1 <= len(losses) <= 3:
         raise ValueError(f"one, two or three losses fit side by side, got {len(losses)}")
-    place = torch.tensor(list(positions), dtype=torch.float64)
+    place = torch.tensor(positions, dtype=torch.float64)
     moved, busy = start.copy(), [False]
     letters = "ABCDEFGH"[: len(start)]
     radius, angle = np.linalg.norm(start, axis=1), np.degrees(np.arctan2(start[:, 1], start[:, 0])) % 360
@@ -159,6 +164,11 @@ def loss_explorer(
     def value_and_push(name: str, at: np.ndarray) -> tuple[float, np.ndarray]:
         features = torch.tensor(at, dtype=torch.float64, requires_grad=True)
         value = at_sliders(name)(features)
+        if not isinstance(value, Tensor) or value.dim():
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"loss {name!r} must return a 0-d tensor, got {got}")
+        if not value.requires_grad:  # it does not depend on the points here
+            return value.item(), np.zeros_like(at)
         (slope,) = torch.autograd.grad(value, features)
         return value.item(), -slope.numpy()
 
@@ -169,11 +179,14 @@ def loss_explorer(
     def pulls(name: str, at: np.ndarray) -> np.ndarray | None:
         return pair_pulls(at_sliders(name), at) if named else None
 
-    unit_push = {n: max(float(np.linalg.norm(value_and_push(n, start)[1], axis=1).max()), 1e-9) for n in losses}
-    unit_pull = {n: max(float(np.abs(found).max()), 1e-9) for n in losses if (found := pulls(n, start)) is not None}
+    # Where a slope is infinite or no number the longest of the others is the unit.
+    longest = {n: np.nan_to_num(value_and_push(n, start)[1], posinf=0.0, neginf=0.0) for n in losses}
+    unit_push = {n: max(float(np.linalg.norm(push, axis=1).max()), 1e-9) for n, push in longest.items()}
+    pulled = {n: np.nan_to_num(f, posinf=0.0, neginf=0.0) for n in losses if (f := pulls(n, start)) is not None}
+    unit_pull = {n: max(float(np.abs(found).max()), 1e-9) for n, found in pulled.items()}
     turn = np.linspace(0, 360, _ANGLES)
     around = np.stack([np.cos(np.radians(turn)), np.sin(np.radians(turn))], axis=1)
-    figure = LiveFigure(_loss_frame(list(losses), start, list(positions), turn, around, named, bool(unit_pull)))
+    figure = LiveFigure(_loss_frame(list(losses), start, positions, turn, around, named, bool(unit_pull)))
     readout = ipywidgets.HTML()
 
     def draw(change: object = None) -> None:
@@ -268,7 +281,7 @@ def pair_pulls(loss: Callable[[Tensor], Tensor], points: np.ndarray) -> np.ndarr
             value = float(loss(torch.tensor(points)))
             turned = float(loss(lifted.detach() @ torch.from_numpy(turn)))
         (slope,) = torch.autograd.grad(loss(lifted), lifted)
-    except (ValueError, RuntimeError):  # it takes points of the plane only
+    except (ValueError, RuntimeError, IndexError):  # it takes points of the plane only
         return None
     if not abs(turned - value) <= 1e-5 * (1 + abs(value)):
         return None

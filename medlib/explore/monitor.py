@@ -80,6 +80,16 @@ class TrainingMonitor(Explorer):
         title: str,
         interval: float,
     ) -> None:
+        if not callable(run) and (not isinstance(run, str | os.PathLike) or not os.fspath(run)):
+            raise TypeError(f"run must be a function that takes callback=, or a folder, got {run!r}")
+        if not isinstance(interval, int | float) or not interval > 0:
+            raise ValueError(f"interval must be a positive number of seconds, got {interval!r}")
+        if not isinstance(samples, Sequence) or not all(isinstance(one, Prepared) for one in samples):
+            raise TypeError(
+                f"samples must be a sequence of prepared scans, such as data.val, got {type(samples).__name__}"
+            )
+        if method is not None and not isinstance(method, Method):
+            raise TypeError(f"method must be a built method, medlib.methods.build(...), got {method!r}")
         self._run = run if callable(run) else None
         self._folder = None if callable(run) else _Folder(run, method, samples)
         of_each = {one.case.patient: one for one in reversed(samples)}  # the first scan of a patient
@@ -92,7 +102,7 @@ class TrainingMonitor(Explorer):
         self.history: list[dict[str, Any]] = []
         self.state = "ready"
         self._heard: set[str] = set()
-        self._note, self._outcome = "", None
+        self._note, self._trouble, self._outcome = "", "", None
         self._error: BaseException | None = None
 
         wide = ipywidgets.Layout(width="150px")
@@ -184,11 +194,14 @@ class TrainingMonitor(Explorer):
                     if saved := self._folder.checkpoint():
                         self._predict(*saved)
                 self._curves.draw(self.history)
-            except Exception as error:  # what cannot be drawn must be seen, and must not end the run
-                self._note = f"cannot be drawn: {type(error).__name__}: {error}"
+                facts = self._facts()
+                self._trouble = ""
+            except Exception as error:  # what cannot be drawn must be seen, and must not end the run or the watching
+                facts = []
+                self._trouble = f"cannot be drawn: {type(error).__name__}: {error}"
             self.controls["start"].disabled = self.state in ("running", "stopping", "watching")
             self.controls["stop"].disabled = self.state not in ("running", "watching")
-            self.controls["status"].value = self._status()
+            self.controls["status"].value = self._status(facts)
 
     # ---- threads
 
@@ -234,19 +247,20 @@ class TrainingMonitor(Explorer):
 
     # ---- words
 
-    def _status(self) -> str:
-        parts = [f"<b>{self.state}</b>"]
+    def _facts(self) -> list[str]:
         if self._folder:
-            parts += self._folder.facts()
-        elif self.history:
-            parts.append(f"{escape(self.history[-1]['stage'])}, step {self.history[-1]['step']:,}")
+            return self._folder.facts()
+        return [f"{escape(str(line['stage']))}, step {line['step']:,}" for line in self.history[-1:]]
+
+    def _status(self, facts: Sequence[str]) -> str:
+        parts = [f"<b>{self.state}</b>", *facts]
         if self.state == "stopping":
             parts.append("a checkpoint follows at the next line of the log")
         if self.state == "stopped" and self._error is not None:
             parts.append(escape(str(self._error)))
         text = f'<div role="status" aria-live="polite">{" · ".join(parts)}</div>'
-        if self._note:
-            text += f'<div role="alert">{escape(self._note)}</div>'
+        for trouble in filter(None, (self._note, self._trouble)):
+            text += f'<div role="alert">{escape(trouble)}</div>'
         if self.state == "failed" and self._error is not None:
             error = f"{type(self._error).__name__}: {self._error}"
             where = "".join(traceback.format_exception(self._error))
@@ -310,8 +324,11 @@ class _Folder:
         settings = self._settings(file.parent)
         if settings["method"] != self._method.name or not settings["uses_labels"]:
             return None
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        self._networks.load_state_dict(saved["networks"])
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            self._networks.load_state_dict(saved["networks"])
+        except Exception as error:
+            raise RuntimeError(f"{shorten(file)} cannot be read: {type(error).__name__}: {error}") from error
         return self._predict, saved["step"]
 
     def _newest(self) -> Path | None:
@@ -326,7 +343,14 @@ class _Folder:
         return self._silent(folder) > _SILENT or self._step(folder) == self._settings(folder)["steps"]
 
     def _settings(self, folder: Path) -> dict[str, Any]:
-        return json.loads((folder / "stage.json").read_text())
+        file = folder / "stage.json"
+        try:
+            found = json.loads(file.read_text())
+            return {name: found[name] for name in ("method", "seed", "steps", "uses_labels")}
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{shorten(file)} is no description of a stage: {type(error).__name__}: {error}"
+            ) from error
 
     def _silent(self, folder: Path) -> float:
         """Seconds since its last line."""
@@ -335,7 +359,10 @@ class _Folder:
     def _history(self, folder: Path) -> list[dict[str, Any]]:
         written = (folder / METRICS).stat().st_mtime
         if folder not in self._lines or self._lines[folder][0] != written:
-            self._lines[folder] = (written, StageResult("", "", folder, 0, 0.0, True).history())
+            try:
+                self._lines[folder] = (written, StageResult("", "", folder, 0, 0.0, True).history())
+            except ValueError as error:
+                raise ValueError(f"{shorten(folder / METRICS)} has a line that cannot be read: {error}") from error
         return self._lines[folder][1]
 
     def _step(self, folder: Path) -> int:

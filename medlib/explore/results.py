@@ -30,6 +30,8 @@ def records_figure(
     """
     if not records:
         raise ValueError("records is empty: there is no run to draw")
+    if isinstance(series, str):
+        raise TypeError(f"series must be a sequence of names, got the text {series!r}")
     names = list(dict.fromkeys(label(record) for record in records))
     known = list(dict.fromkeys([*series, *names]))
     names.sort(key=known.index)

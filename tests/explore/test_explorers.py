@@ -533,6 +533,36 @@ def test_one_explorer_serves_the_losses_of_every_paper(loss):
     assert "not a function of the angles" in controls["readout"].value
 
 
+CORNER = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+
+
+def test_a_loss_without_a_slope_somewhere_gets_its_arrows_back():
+    def distance(features, positions):  # its slope is no number where the first two points lie on each other
+        return (features[0] - features[1]).square().sum().sqrt() + (features[0] - features[2]).square().sum()
+
+    explorer = loss_explorer({"distance": distance}, CORNER, [0.1, 0.5, 0.9])
+    figure = explorer.figures[next(iter(explorer.figures))]
+    before = sum(note.showarrow is True for note in figure.layout.annotations)
+    explorer.controls["angle"].value = 40.0
+    assert sum(note.showarrow is True for note in figure.layout.annotations) > before
+
+    flat = loss_explorer({"flat": lambda features, positions: features.new_zeros(())}, CORNER, [0.1, 0.5, 0.9])
+    flat.controls["angle"].value = 40.0  # constant: nowhere to go, and nothing to complain about
+
+
+def test_a_loss_explorer_refuses_what_is_no_loss():
+    place = [0.1, 0.5, 0.9]
+    for wrong in (None, "mona", [relational_loss], {"a": 3}, {1: relational_loss}):
+        with pytest.raises(TypeError, match="loss must be a function, or a mapping"):
+            loss_explorer(wrong, CORNER, place)
+    for answer in (3.0, (torch.ones(()),), torch.ones(2)):
+        with pytest.raises(TypeError, match="loss 'odd' must return a 0-d tensor"):
+            loss_explorer({"odd": lambda features, positions, answer=answer: answer}, CORNER, place)
+    for points, at in ((CORNER * np.nan, place), (CORNER, [0.1, 0.5, 2.0]), (CORNER, [0.1, 0.5, np.nan])):
+        with pytest.raises(ValueError, match="points must be finite and positions in"):
+            loss_explorer(relational_loss, points, at)
+
+
 def test_loss_slider_redraws():
     explorer = loss_slider(
         lambda slope: {"line": ([0, 1], [0, slope])}, {"slope": (0, 4, 1)}, title="t", x_title="x", y_title="y"

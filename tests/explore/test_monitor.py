@@ -275,7 +275,9 @@ def test_a_folder_moves_on_to_another_run_only_when_the_first_has_ended(tmp_path
     def stage(name: str, seed: int, steps: int, age: float) -> None:
         folder = tmp_path / "stages" / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stage.json").write_text(json.dumps({"method": "coral", "seed": seed, "steps": 4, "name": name}))
+        (folder / "stage.json").write_text(
+            json.dumps({"method": "coral", "seed": seed, "steps": 4, "uses_labels": True})
+        )
         lines = [json.dumps({"stage": name, "step": s, "lr": 0.1, "total": 1.0}) for s in range(1, steps + 1)]
         (folder / METRICS).write_text("\n".join(lines) + "\n")
         written = time.time() - age
@@ -299,3 +301,42 @@ def test_a_folder_moves_on_to_another_run_only_when_the_first_has_ended(tmp_path
         assert shown() == ["other", "next"]
     finally:
         monitor.stop()
+
+
+def test_a_watched_folder_that_cannot_be_read_says_which_file_and_is_watched_on(tmp_path):
+    folder = tmp_path / "stages" / "coral-finetune-1"
+    folder.mkdir(parents=True)
+    (folder / METRICS).write_text(json.dumps({"stage": "finetune", "step": 1, "lr": 0.1, "total": 1.0}) + "\n")
+    monitor = training_monitor(tmp_path, interval=600.0)
+    try:
+
+        def said() -> str:
+            monitor.refresh()
+            assert monitor.state == "watching"
+            return monitor.controls["status"].value
+
+        assert "stage.json" in said() and 'role="alert"' in said()
+        (folder / "stage.json").write_text('{"method": "co')
+        assert "stage.json is no description of a stage" in said()
+        whole = json.dumps({"method": "coral", "seed": 0, "steps": 4, "uses_labels": True})
+        (folder / "stage.json").write_text(whole)
+        assert "step 1 of 4" in said() and "alert" not in said()
+        (folder / METRICS).write_text("no json\n")
+        os.utime(folder / METRICS, (1, 1))
+        assert f"{METRICS} has a line that cannot be read" in said()
+    finally:
+        monitor.stop()
+
+
+def test_arguments_that_cannot_be_watched_are_refused(tmp_path):
+    for run in (None, 5, ""):
+        with pytest.raises(TypeError, match="run must be"):
+            training_monitor(run)
+    for interval in (0, "1", None, float("nan")):
+        with pytest.raises(ValueError, match="interval must be a positive"):
+            training_monitor(tmp_path, interval=interval)
+    for samples in (None, training_data().val[0], iter(())):
+        with pytest.raises(TypeError, match="samples must be a sequence"):
+            training_monitor(tmp_path, samples=samples)
+    with pytest.raises(TypeError, match="method must be a built method"):
+        training_monitor(tmp_path, method="coral")

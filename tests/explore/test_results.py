@@ -51,6 +51,8 @@ def test_a_series_looks_the_same_in_all_figures_of_a_notebook():
 def test_a_records_figure_needs_records_and_a_positive_axis():
     with pytest.raises(ValueError, match="no run"):
         records_figure([], label=lambda r: r.method)
+    with pytest.raises(TypeError, match="series must be a sequence of names, got the text 'coral'"):
+        records_figure(runs(), label=lambda r: r.method, series="coral")
     with pytest.raises(ValueError, match="positive"):
         records_figure(runs(), label=lambda r: r.method, x=lambda r: r.seed)
 
