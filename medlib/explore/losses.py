@@ -32,12 +32,16 @@ _NAMED_HEIGHT = {1: 900, 2: 690, 3: 580}  # px, by the number of losses side by 
 
 
 def _slider(name: str, limits: Range, step: float | None = None) -> ipywidgets.FloatSlider:
+    """Of a round step, whole where all ``limits`` are, so that the page shows the value it was given."""
     low, high, value = limits
+    if step is None:
+        step = 10.0 ** math.floor(math.log10((high - low) / 50))
+        step = max(step, 1.0) if all(isinstance(limit, int) for limit in limits) else step
     return ipywidgets.FloatSlider(
         value=value,
         min=low,
         max=high,
-        step=step or (high - low) / 100,
+        step=step,
         description=name.replace("_", " "),
         readout_format=".3g",
         layout=ipywidgets.Layout(width="350px"),

@@ -563,6 +563,18 @@ def test_a_loss_explorer_refuses_what_is_no_loss():
             loss_explorer(relational_loss, points, at)
 
 
+@pytest.mark.parametrize(
+    ("limits", "step"),
+    [((0.05, 0.95, 0.35), 0.01), ((1, 20, 10), 1), ((0.0, 360.0, 30.0), 1), ((0.05, 2.0, 1.0), 0.01)],
+)
+def test_a_slider_can_stand_where_it_begins(limits, step):
+    words = {"title": "t", "x_title": "x", "y_title": "y"}
+    control = loss_slider(lambda x: {"x": ([0, 1], [x, x])}, {"x": limits}, **words).controls["x"]
+    assert control.step == pytest.approx(step)
+    steps = (control.value - control.min) / control.step
+    assert steps == pytest.approx(round(steps)) and control.value == limits[2]
+
+
 def test_loss_slider_redraws():
     explorer = loss_slider(
         lambda slope: {"line": ([0, 1], [0, slope])}, {"slope": (0, 4, 1)}, title="t", x_title="x", y_title="y"
