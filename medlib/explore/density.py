@@ -329,7 +329,7 @@ def density_explorer(
     groups = {name: np.asarray(rows, int) for name, rows in handles.items()} | {_OTHERS: own + np.arange(len(foes))}
     names = list(groups)
 
-    menu: dict[str, Any] = {"style": {"description_width": "80px"}, "layout": ipywidgets.Layout(width="350px")}
+    menu: dict[str, Any] = {"style": {"description_width": "90px"}, "layout": ipywidgets.Layout(width="350px")}
     choices = [(" + ".join(map(str, k)), tuple(k)) for k in scales]
     middle = start[groups[names[0]]].mean(axis=0)
     place = dict(min=-_REACH, max=_REACH, step=0.02, readout_format=".2f", **menu)

@@ -45,7 +45,7 @@ def _slider(name: str, limits: Range, step: float | None = None) -> ipywidgets.F
         description=name.replace("_", " "),
         readout_format=".3g",
         layout=ipywidgets.Layout(width="350px"),
-        style={"description_width": "110px"},
+        style={"description_width": "140px"},
     )
 
 
