@@ -69,12 +69,13 @@ def move_a_slider(notebook: OpenNotebook) -> None:
     """The threshold of section 3: Python computes the curve again, the page draws it."""
     pull, threshold = "Pull (+) or push", f"{EXPLORER.format('threshold')}.controls['threshold'].value"
     page, handle = notebook.page, notebook.figure(pull).locator(".noUi-handle").first
-    before, drawn = notebook.ask(threshold), page.evaluate(f"(title) => {FIGURE}(title)._fullData[0].y[50]", pull)
+    curve = f"(title) => [...{FIGURE}(title)._fullData[0].y].join()"
+    before, drawn = notebook.ask(threshold), page.evaluate(curve, pull)
     handle.scroll_into_view_if_needed()
     handle.focus()
     handle.press("ArrowRight")
     assert notebook.until(threshold, lambda value: value > before) < before + 0.2
-    page.wait_for_function(f"([title, old]) => {FIGURE}(title)._fullData[0].y[50] !== old", arg=[pull, drawn])
+    page.wait_for_function(f"([title, old]) => ({curve})(title) !== old", arg=[pull, drawn])
 
 
 def explore_the_embedding(notebook: OpenNotebook) -> None:
