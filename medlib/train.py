@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -172,7 +172,7 @@ def train(
             log_every, checkpoint_seconds, progress, callback, keep,
         )  # fmt: skip
         results.append(loop.run())
-        if loop.stopped and stage is not stages[-1]:
+        if loop.interrupted.is_set() and stage is not stages[-1]:
             raise KeyboardInterrupt(
                 f"stopped after the last step of {stage.name}; its checkpoint is written, the same call goes on from it"
             )
@@ -239,7 +239,7 @@ class _Loop:
     progress: bool
     callback: Callback | None
     keep: Collection[int]
-    stopped: bool = False
+    interrupted: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> StageResult:
         precision = precision_of(self.fabric)
@@ -266,7 +266,6 @@ class _Loop:
         with _own_randomness(self.seed, self.stage.name, self.fabric.device), _interruptible() as interrupted:
             self.interrupted = interrupted
             self._train(saved)
-            self.stopped = interrupted.is_set()
         return StageResult(self.stage.name, key, self.folder, self.stage.steps, self.seconds, reused=False)
 
     @contextlib.contextmanager
