@@ -29,7 +29,7 @@ def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], 
     )
 
 
-def smooth(values: Sequence[float]) -> list[float]:
+def _smooth(values: Sequence[float]) -> list[float]:
     """Exponential mean over about a twentieth of the curve, corrected for its start."""
     keep = 1 - 1 / max(1.0, len(values) / 20)
     mean = weight = 0.0
@@ -89,7 +89,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
                 hoverinfo="skip",
             )
             first = not any(trace.name == name and trace.showlegend for trace in figure.data)
-            strong = go.Scatter(**common, y=smooth(y), line={"color": colours[name], "width": 2.2}, showlegend=first)
+            strong = go.Scatter(**common, y=_smooth(y), line={"color": colours[name], "width": 2.2}, showlegend=first)
             figure.add_traces([faint, strong], rows=1, cols=column)
         figure.update_yaxes(title_text="loss term", row=1, col=column)
         figure.update_xaxes(range=[0, end * 1.02], showticklabels=not has_dice, row=1, col=column)

@@ -483,10 +483,12 @@ class _Curves:
     def _trace(self, name: str, row: int, column: int, term: int | None) -> Any:
         """The curve ``name``, added where it is new."""
         if name not in self._traces:
-            line = {"color": SERIES[(term or 0) % len(SERIES)], "width": 2.0}
-            if term is None:
-                strong = name != _MEAN and row == 1
-                line = {"color": MUTED, "width": 1.2} if strong else {"color": INK, "width": 2.4}
+            if term is not None:
+                line = {"color": SERIES[term % len(SERIES)], "width": 2.0}
+            elif name.startswith(_CLASS):
+                line = {"color": MUTED, "width": 1.2}
+            else:
+                line = {"color": INK, "width": 2.4}
             self._traces[name] = len(self.figure.data)
             mode = "lines+markers" if row == 1 and column == 2 else "lines"
             trace = go.Scatter(name=name, x=[], y=[], mode=mode, line=line, showlegend=term is not None)
@@ -507,11 +509,11 @@ class _Curves:
             {"text": stage, "x": x, "y": 1, "xref": "x", "yref": "y domain", "xanchor": "left", "yanchor": "top"}
             for stage, x in starts.items()
         ]
-        images = []
+        here, places = {"xref": "x4", "yref": "y4"}, []
         for i, one in enumerate(self.samples):
-            here = {"xref": "x4", "yref": "y4"}
             left = 2 * i * (self._tile + _APART)
             right = left + self._tile + _APART
+            places.append((left, right))
             below = {**here, "y": _TITLES + self._tile + 12, "xanchor": "left", "font": {"size": 11}}
             words += [
                 {
@@ -525,9 +527,6 @@ class _Curves:
                 {"text": "label", "x": left, **below},
                 {"text": one.caption(), "x": right, **below},
             ]
-            for x, tile in zip((left, right), one.tiles(), strict=True):
-                where = {"x": x, "y": _TITLES, "sizex": self._tile, "sizey": self._tile, "sizing": "contain", **here}
-                images.append({"source": pixels.data_uri(tile), **where})
         steps = {one.step for one in self.samples if one.step is not None}
         if steps:
             corner = {"x": 1, "xref": "paper", "xanchor": "right", "y": 0, "yref": "paper", "yshift": -18}
@@ -536,6 +535,12 @@ class _Curves:
         if written != self._written:
             lines = [{"type": "line", "xref": "x", "yref": "y domain", "x0": x, "x1": x, "y0": 0, "y1": 1,
                       "line": {"color": MUTED, "width": 1, "dash": "dot"}} for x in starts.values() if x]  # fmt: skip
+            where = {"y": _TITLES, "sizex": self._tile, "sizey": self._tile, "sizing": "contain", **here}
+            images = [
+                {"source": pixels.data_uri(tile), "x": x, **where}
+                for one, pair in zip(self.samples, places, strict=True)
+                for x, tile in zip(pair, one.tiles(), strict=True)
+            ]
             with self.figure.batch_update():
                 self.figure.layout.annotations, self.figure.layout.shapes = words, lines
                 self.figure.layout.images = images
