@@ -34,7 +34,7 @@ def record(**changes):
     found = RunRecord(
         method="coral",
         variant="paper",
-        settings={"temperature": 0.1, "terms": ("relational", "ordinal"), "data_root": Path("/home/me/ACDC")},
+        settings={"temperature": 0.1, "terms": ("relational", "ordinal"), "data_root": Path("/scans/ACDC")},
         scale="laptop",
         seed=0,
         dataset="acdc",
@@ -42,7 +42,7 @@ def record(**changes):
         split=Split(name="ratio", labelled=("p1",), unlabelled=("p2", "p3"), val=("p7",), test=("p8", "p9")),
         versions={"python": "3.11.2"},
         device="cpu",
-        command="python -m medlib run 04_coral -p data_root /home/me/ACDC -p ratio 0.1",
+        command="python -m medlib run 04_coral -p data_root /scans/ACDC -p ratio 0.1",
         seconds={"pretrain": 1.5, "finetune": 2.0},
         parameters=1000,
         val=evaluation(2, ("p7",)),
@@ -64,11 +64,11 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
 
 def test_no_path_of_this_machine_is_written(tmp_path):
     text = record().save(tmp_path / "a.record.json").read_text()
-    assert "/home" not in text and str(tmp_path) not in text
+    assert "/scans" not in text and str(tmp_path) not in text
     assert json.loads(text)["command"].endswith("-p data_root .../ACDC -p ratio 0.1")
     assert json.loads(text)["settings"]["data_root"] == ".../ACDC"
     with pytest.raises(ValueError, match="history.*relative"):
-        record(history="/home/me/runs/metrics.jsonl")
+        record(history="/scans/runs/metrics.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_no_path_of_this_machine_is_written(tmp_path):
         ("-p data_root=/a/b -p x 1", "-p data_root=.../b -p x 1"),
         ("['/a/b', '~/c/d']", "['.../b', '.../d']"),
         (r"C:\Users\me\ACDC", ".../ACDC"),
-        ("file:///home/me/x", ".../x"),
+        ("file:///scans/x", ".../x"),
         ("runs/04_coral.ipynb and https://a.org/b, 1 / 3, 1/3", "runs/04_coral.ipynb and https://a.org/b, 1 / 3, 1/3"),
     ],
 )
