@@ -382,8 +382,9 @@ def _springs(points: np.ndarray, pull: np.ndarray, end: str) -> list[dict[str, A
     """A line for each pair, below the points: as wide as ``pull`` (N,N), 1 being the largest of the first picture."""
     lines = []
     for i, j in zip(*np.triu_indices(len(points), 1), strict=True):
-        strength = min(1.0, abs(float(pull[i, j])))
-        if strength > 0.01:
+        strength = abs(float(pull[i, j]))
+        if strength > 0.01:  # no line where it is no number
+            strength = min(1.0, strength)
             look = _PAIRS[_TOGETHER if pull[i, j] > 0 else _APART]
             (x0, y0), (x1, y1) = points[i].tolist(), points[j].tolist()
             lines.append({

@@ -27,7 +27,7 @@ from medlib.explore import (
     training_curves,
     volume_viewer,
 )
-from medlib.explore.losses import pair_pulls
+from medlib.explore.losses import _springs, pair_pulls
 from medlib.explore.style import DISAGREEMENT, INK, TEMPLATE, WIDTH
 from medlib.losses.contrastive import info_nce_loss, positional_contrastive_loss
 from medlib.losses.coral import relational_loss
@@ -548,6 +548,12 @@ def test_a_loss_without_a_slope_somewhere_gets_its_arrows_back():
 
     flat = loss_explorer({"flat": lambda features, positions: features.new_zeros(())}, CORNER, [0.1, 0.5, 0.9])
     flat.controls["angle"].value = 40.0  # constant: nowhere to go, and nothing to complain about
+
+
+def test_a_pull_that_is_no_number_is_no_line():
+    pull = np.array([[0.0, np.nan, 2.0], [np.nan, 0.0, -0.5], [2.0, -0.5, 0.0]])
+    lines = _springs(CORNER, pull, "")
+    assert [line["line"]["width"] for line in lines] == pytest.approx([6.8, 3.8])
 
 
 def test_a_loss_explorer_refuses_what_is_no_loss():
