@@ -116,9 +116,12 @@ class Sweep:
         return self.phantom or is_phantom(resolve(self.root))
 
     def _check_same(self, record: RunRecord, method: Method, split: Split, path: Path) -> None:
-        """ValueError unless the record on disk is of the run that is asked for."""
-        asked = json.loads(json.dumps(dataclasses.asdict(method)))
-        differing = sorted(key for key in asked if asked[key] != record.settings.get(key))
+        """ValueError unless the record on disk is of the run that is asked for.
+
+        A setting that is younger than the record had its default then: that is what defaults of new settings are for.
+        """
+        asked, default = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (method, type(method)()))
+        differing = sorted(key for key in asked if asked[key] != record.settings.get(key, default[key]))
         facts = {
             "scale": record.scale != self.scale,
             "data set": (record.dataset, record.data["kind"]) != (self.dataset, "phantom" if self._drawn else "real"),

@@ -1,5 +1,6 @@
 """A sweep leaves one record a run, skips what it has, and shares pre-training between its runs."""
 
+import json
 import shlex
 
 import pytest
@@ -94,6 +95,19 @@ def test_a_record_of_other_settings_is_not_taken_for_the_run(root, tmp_path, cap
     assert "other settings (finetune_steps)" in capsys.readouterr().err
     for wrong in (["--name", "../up"], ["-s", "frozen", "maybe"], ["-s", "finetune_steps", "0"]):
         assert sweep(root, tmp_path, *call, *wrong) == 2
+
+
+def test_a_setting_younger_than_a_record_had_its_default_then(root, tmp_path, capsys):
+    call = ["--methods", "labelled_only", "--labelled", "1", "--seeds", "0"]
+    assert sweep(root, tmp_path, *call) == 0
+    (path,) = (tmp_path / "records").iterdir()
+    content = json.loads(path.read_text())
+    assert content["settings"].pop("optimizer") == "sgd"
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert sweep(root, tmp_path, *call) == 0 and "there already" in capsys.readouterr().out
+    assert sweep(root, tmp_path, *call, "-s", "optimizer", "adamw") == 2
+    assert "other settings (optimizer)" in capsys.readouterr().err
 
 
 def test_a_precision_is_recorded_and_never_mixed_with_another(root, tmp_path, capsys):

@@ -9,9 +9,9 @@ which the semi-supervised papers build.
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from medlib.nets import UNet, ssl4mis_unet, ssl4mis_unet_3d, ssl4mis_vnet
 
 STRIDE = 16  # of all networks here: four halvings
 NETWORKS_3D = {"unet": ssl4mis_unet_3d, "vnet": ssl4mis_vnet}
+OPTIMIZERS = ("sgd", "adamw")
 
 
 # ---- what a batch is
@@ -147,6 +148,9 @@ class Cotrained(Method):
         width: channels at full resolution.
         steps: optimiser steps, T.
         batch_size: images a step, half of them labelled: 24 slices, or 4 patches, in SSL4MIS.
+        optimizer: "sgd" (SSL4MIS), or "adamw" with weight decay of its own: a few hundred steps that SGD needs to see
+            the smallest of many organs at all. Give it a learning rate of its own too, some 0.003.
+        momentum: of SGD; of AdamW the first beta.
         power: of the learning rate lr (1 - t/T)^power.
         dice_weight, cross_entropy_weight: of the supervised loss.
         ramp_steps: steps in which the weight of the other terms grows as exp(-5 (1 - t/T)^2); None: all steps.
@@ -164,6 +168,7 @@ class Cotrained(Method):
 
     steps: int = 30_000
     batch_size: int = 24
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -192,6 +197,7 @@ class Cotrained(Method):
         if self.image_size < 1 or self.image_size % STRIDE:
             raise ValueError(f"image_size must be a multiple of {STRIDE} (four poolings), got {self.image_size}")
         self._check_3d()
+        check_choices(self, {"optimizer": OPTIMIZERS})
         check_whole(self, "width", "steps")
         check_whole(self, "batch_size", lowest=2)
         if self.batch_size % 2:
@@ -260,6 +266,13 @@ class Cotrained(Method):
 
     def networks(self, classes: int) -> nn.ModuleDict:
         return nn.ModuleDict({"unet": self.new_unet(classes)})
+
+    def new_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Of these parameters, by ``optimizer``, ``learning_rate``, ``momentum`` and ``weight_decay``."""
+        shared: dict[str, Any] = dict(lr=self.learning_rate, weight_decay=self.weight_decay)
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, betas=(self.momentum, 0.999), **shared)
+        return torch.optim.SGD(parameters, momentum=self.momentum, **shared)
 
     def stages(self, data: TrainingData) -> list[Stage]:
         return [Cotraining(name="cotrain", steps=self.steps, uses_labels=True, method=self)]
@@ -334,12 +347,7 @@ class CotrainingWork(Work):
             for half, member in halves.items()
         }
         self.register_buffer("done", torch.zeros((), dtype=torch.long))
-        self.optimizer = torch.optim.SGD(
-            self.networks.parameters(),
-            lr=method.learning_rate,
-            momentum=method.momentum,
-            weight_decay=method.weight_decay,
-        )
+        self.optimizer = method.new_optimizer(self.networks.parameters())
         self.schedule = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, method.steps, method.power)
 
     @property

@@ -185,6 +185,8 @@ class Mona(TwoBranches):
         check_whole(self, "class_bank", lowest=0)
         if self.framework == "none" and not self.finetuning:
             raise ValueError("framework='none' with finetuning=False trains nothing")
+        if self.nesterov and self.optimizer != "sgd":
+            raise ValueError(f"nesterov is of optimizer='sgd', got {self.optimizer!r}")
         if self.released_contrast and not self.class_bank:
             raise ValueError("released_contrast takes its negatives from a class_bank: give it entries")
 
@@ -276,7 +278,8 @@ class _Finetuning(TwoBranchWork):
         trained += ["representation"] if method.tailness else []
         trained += ["head", "predictor"] if method.diversity else []
         super().__init__(method, networks, data, streams, trained, ("unet", "head", "representation"))
-        self.optimizer.param_groups[0]["nesterov"] = method.nesterov
+        if method.nesterov:
+            self.optimizer.param_groups[0]["nesterov"] = True
         if method.tailness and method.class_bank:
             parts = {"feature": (method.representation_dim,)}
             self.class_banks = ClassBanks(data.classes, method.class_bank, parts)

@@ -155,6 +155,7 @@ def test_volumes_are_prepared_as_the_data_set_or_the_setting_says():
         ("cps", dict(learning_rate=math.inf), "learning_rate must be above 0"),
         ("cps", dict(power=-1.0), "power"),
         ("cps", dict(weight_decay=-1e-4), "weight_decay must be at least 0"),
+        ("cps", dict(optimizer="adam"), "optimizer must be one of sgd, adamw, got 'adam'"),
         ("cps", dict(momentum=1.0), r"momentum must be in \[0, 1\)"),
         ("cps", dict(dice_weight=-1.0), "dice_weight"),
         ("cps", dict(dice_weight=0.0, cross_entropy_weight=0.0), "nothing is learnt from labels"),
@@ -277,6 +278,41 @@ def test_where_every_image_is_labelled_training_is_supervised(tmp_path, name):
 
 def test_the_supervised_baseline_sees_no_unlabelled_image():
     assert set(begin("labelled_only").draw()) == {"images", "labels"}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_optimiser_is_that_of_the_settings(optimizer):
+    work = begin("cps", optimizer=optimizer, momentum=0.8, weight_decay=2e-4, learning_rate=0.02)
+    (group,) = work.optimizer.param_groups
+    assert type(work.optimizer) is {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
+    assert (group["lr"], group["weight_decay"]) == (0.02, 2e-4)
+    assert group["momentum"] == 0.8 if optimizer == "sgd" else group["betas"] == (0.8, 0.999)
+    assert len(group["params"]) == len([*work.networks.parameters()])
+
+
+def test_the_first_step_of_adamw_is_the_learning_rate_whatever_the_gradient():
+    work = begin("labelled_only", optimizer="adamw", learning_rate=0.01, weight_decay=0.0)
+    before = [each.detach().clone() for each in work.networks.parameters()]
+    step(work)
+    for old, new in zip(before, work.networks.parameters(), strict=True):
+        strong = new.grad.abs() > 1e-4  # against the 1e-8 of its denominator
+        moved = (new - old).abs()[strong]
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.01), rtol=1e-3, atol=0)
+
+
+def test_training_with_adamw_resumes_where_it_was(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(stage, step, terms):
+        if step == 4:
+            raise Stop
+
+    settings = dict(optimizer="adamw", learning_rate=0.003)
+    whole = run("cps", tmp_path / "whole", **settings)
+    with pytest.raises(Stop):
+        run("cps", tmp_path / "halves", callback=stop, checkpoint_seconds=0, **settings)
+    assert same(whole.networks, run("cps", tmp_path / "halves", **settings).networks)
 
 
 def test_the_learning_rate_falls_as_a_polynomial_to_zero(tmp_path):

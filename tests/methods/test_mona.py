@@ -840,6 +840,9 @@ def test_the_optimiser_is_that_of_the_settings():
     (group,) = begin("finetune", momentum=0.8, weight_decay=2e-4, learning_rate=0.02).optimizer.param_groups
     assert (group["momentum"], group["weight_decay"], group["lr"], group["nesterov"]) == (0.8, 2e-4, 0.02, False)
     assert begin("finetune", nesterov=True).optimizer.param_groups[0]["nesterov"]
+    assert type(begin("finetune", optimizer="adamw").optimizer) is torch.optim.AdamW
+    with pytest.raises(ValueError, match="nesterov is of optimizer='sgd', got 'adamw'"):
+        build("mona", nesterov=True, optimizer="adamw")
     rates = []
     work = begin("pretrain", pretrain_steps=4, steps=9)
     for _ in range(4):
