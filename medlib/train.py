@@ -34,6 +34,7 @@ CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 WINDOWS = 4  # of a volume that a 3D network sees at a time when it predicts: less than a training step holds
 PRECISIONS = ("32-true", "bf16-mixed")
+EARLY = 20  # the step after which a long stage is validated for the first time
 FORMAT = 1  # of checkpoints; part of every stage's key, so that old ones are never read as new
 
 Callback = Callable[[str, int, Mapping[str, Any]], None]
@@ -147,7 +148,8 @@ def train(
         seed: of initial weights, sampling, augmentation and dropout; each has its own stream.
         output_dir: stages are kept in ``output_dir/stages``.
         validate: called with a function images -> probabilities in stages that use labels; returns named numbers.
-        validate_every: steps between validations; default a quarter of the stage.
+        validate_every: steps between validations; default a quarter of the stage. A quarter of more than 1,000 steps
+            is a long time to wait for a validation that cannot work: such a stage has one after 20 steps, too.
         log_every: steps between lines of the metrics file; the only moments at which the host waits for the device.
         callback: called as ``callback(stage, step, terms)`` at every such line, ``terms`` being the loss terms and
             ``lr``; after a validation with ``val_dice``, which maps names to numbers, and ``predict``, the networks of
@@ -301,6 +303,7 @@ class _Loop:
         self._keep()
         runner, optimizer = self.fabric.setup(work, work.optimizer)
         every = self.validate_every or max(1, self.stage.steps // 4)
+        early = EARLY if self.validate_every is None and every > 1000 else every
         work.train()
         bar = tqdm(
             total=self.stage.steps, initial=self.step, disable=not self.progress or not self.fabric.is_global_zero,
@@ -328,7 +331,8 @@ class _Loop:
                 if last or self.step % self.log_every == 0 or self.step == 1:
                     values = self._log(terms, finite, optimizer.param_groups[0]["lr"])
                     bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-                if self.validate is not None and self.stage.uses_labels and (last or self.step % every == 0):
+                due = last or self.step % every == 0 or self.step == early
+                if self.validate is not None and self.stage.uses_labels and due:
                     self._validate()
                     work.train()
                 now = time.monotonic()

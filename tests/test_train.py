@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,6 +196,16 @@ def test_a_stop_at_the_last_step_of_a_stage_is_no_beginning_of_the_next(tmp_path
         run("coral", tmp_path, callback=stop)
     assert seen[-1] == ("pretrain", 6)
     assert same(run("coral", tmp_path), run("coral", tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("steps", "first"), [(5000, 20), (88, 22)])
+def test_a_long_stage_is_validated_early_too(tmp_path, steps, first):
+    def stop(stage: str, step: int, terms: Mapping[str, Any]) -> None:
+        if "val_dice" in terms:
+            raise StopTraining
+
+    with pytest.raises(KeyboardInterrupt, match=f"step {first} of {steps}"):
+        run("supervised", tmp_path, finetune_steps=steps, validate=lambda predict: {"mean": 0.5}, callback=stop)
 
 
 def test_training_works_off_the_main_thread(tmp_path):
