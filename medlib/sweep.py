@@ -120,7 +120,9 @@ class Sweep:
 
         A setting that is younger than the record had its default then: that is what defaults of new settings are for.
         """
-        asked, default = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (method, type(method)()))
+        asked, default = (
+            json.loads(json.dumps(dataclasses.asdict(one))) for one in (method, build(method.name, scale=self.scale))
+        )
         differing = sorted(key for key in asked if asked[key] != record.settings.get(key, default[key]))
         facts = {
             "scale": record.scale != self.scale,
