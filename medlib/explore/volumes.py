@@ -34,7 +34,7 @@ HEAT = tuple(sequential.Inferno[2:])
 _LARGEST = 256  # pixels of a plane
 _GAP, _HEAD, _LEFT, _RIGHT = 10, 84, 20, 20  # px
 _SPACE = 360  # px of the panel of the feature space
-_COLUMNS, _ENTRY = 3, 19  # of the legend, px of a line
+_COLUMNS, _ENTRY, _MARK = 3, 19, 29  # of the legend, px of a line, px of a line where one symbol is a star
 _TEXT = "color:var(--jp-ui-font-color1,#1f2933);font-size:13px;line-height:1.5;max-width:720px"
 
 
@@ -349,7 +349,7 @@ def linked_planes(
     draw()
 
     rows = kinds[-(1 + len(heat)) :] if masks else kinds[len(heat) > 0 :]  # the difference says what its masks say
-    left += 64 * (len(rows) > 1)
+    left += 76 * (len(rows) > 1)
     twin = _board(volume.shape, mm, rows, title, left=left, right=right, foot=foot)
     window = controls["window"].value
     twin.update_layout(images=[
@@ -386,9 +386,9 @@ def _middle(masks: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, int, i
     return shape[0] // 2, shape[1] // 2, shape[2] // 2
 
 
-def _legend_height(entries: int) -> int:
+def _legend_height(entries: int, line: int = _ENTRY) -> int:
     """What `_legend` of so many entries needs below the planes, px."""
-    return 26 + _ENTRY * -(-entries // _COLUMNS) if entries else 10
+    return 26 + line * -(-entries // _COLUMNS) if entries else 10
 
 
 def _legend(figure: go.Figure, left: int, right: int) -> None:
@@ -461,7 +461,7 @@ def neighborhood_explorer(
         return planes[kind]
 
     shown = sorted(set(found.classes[found.classes > 0].tolist()))
-    foot = _legend_height(6 + len(shown))
+    foot = _legend_height(6 + len(shown), _MARK)
     figure = LiveFigure(_board(images.shape[1:], mm, [""], title, left=_LEFT, right=_RIGHT, foot=_SPACE + foot))
     _clickable(figure, images.shape[1:], mm)
     whole = figure.layout.height - _HEAD - _GAP
