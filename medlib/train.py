@@ -34,7 +34,7 @@ CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 WINDOWS = 4  # of a volume that a 3D network sees at a time when it predicts: less than a training step holds
 PRECISIONS = ("32-true", "bf16-mixed")
-EARLY = 20  # the step after which a long stage is validated for the first time
+EARLY = 10  # the step after which a long stage is validated for the first time
 FORMAT = 1  # of checkpoints; part of every stage's key, so that old ones are never read as new
 
 Callback = Callable[[str, int, Mapping[str, Any]], None]
@@ -149,7 +149,7 @@ def train(
         output_dir: stages are kept in ``output_dir/stages``.
         validate: called with a function images -> probabilities in stages that use labels; returns named numbers.
         validate_every: steps between validations; default a quarter of the stage. A quarter of more than 1,000 steps
-            is a long time to wait for a validation that cannot work: such a stage has one after 20 steps, too.
+            is a long time to wait for a validation that cannot work: such a stage has one after 10 steps, too.
         log_every: steps between lines of the metrics file; the only moments at which the host waits for the device.
         callback: called as ``callback(stage, step, terms)`` at every such line, ``terms`` being the loss terms and
             ``lr``; after a validation with ``val_dice``, which maps names to numbers, and ``predict``, the networks of

@@ -198,7 +198,7 @@ def test_a_stop_at_the_last_step_of_a_stage_is_no_beginning_of_the_next(tmp_path
     assert same(run("coral", tmp_path), run("coral", tmp_path / "whole"))
 
 
-@pytest.mark.parametrize(("steps", "first"), [(5000, 20), (88, 22)])
+@pytest.mark.parametrize(("steps", "first"), [(5000, 10), (88, 22)])
 def test_a_long_stage_is_validated_early_too(tmp_path, steps, first):
     def stop(stage: str, step: int, terms: Mapping[str, Any]) -> None:
         if "val_dice" in terms:

@@ -96,11 +96,12 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
         if has_dice:
             _dice(figure, [line for line in lines if "val_dice" in line], column, end)
         figure.update_xaxes(title_text="step", row=2 if has_dice else 1, col=column)
+    longest = max((len(name) for line in history for name in line.get("val_dice", ())), default=0)
     figure.update_layout(
         template=TEMPLATE,
         title=title,
         height=520 if rows == 2 else 340,
-        margin={"t": 88, "r": 46},
+        margin={"t": 88, "r": max(46, 6 * longest - 44)},  # some room the axis leaves
         legend={
             "orientation": "h",
             "x": 1,
@@ -134,9 +135,7 @@ def _dice(figure: go.Figure, checks: list[Mapping[str, Any]], column: int, end: 
             row=2,
             col=column,
         )
-    height = -1.0
-    for structure, last in sorted(ends.items(), key=lambda item: item[1]):
-        height = max(last, height + 0.075)  # names of curves that end close to each other move apart
+    for structure, height in _apart(ends).items():
         figure.add_annotation(
             x=steps[-1], y=height, text=structure, xanchor="left", xshift=6, row=2, col=column, font={"size": 11}
         )
@@ -155,12 +154,12 @@ def _dice(figure: go.Figure, checks: list[Mapping[str, Any]], column: int, end: 
         col=column,
     )
     figure.add_annotation(
-        x=0.98,
+        x=steps[-1],
         y=0.02,
-        xref="x domain",
         yref="y domain",
         xanchor="right",
         yanchor="bottom",
+        xshift=-6,
         row=2,
         col=column,
         text=f"best mean {mean[best]:.3f} at step {steps[best]}",
@@ -168,6 +167,23 @@ def _dice(figure: go.Figure, checks: list[Mapping[str, Any]], column: int, end: 
     figure.update_xaxes(range=[0, end * 1.1], row=2, col=column)
     figure.update_xaxes(range=[0, end * 1.1], row=1, col=column)
     figure.update_yaxes(title_text="validation Dice", range=[0, 1.02], row=2, col=column)
+
+
+def _apart(ends: Mapping[str, float], gap: float = 0.075, top: float = 1.0) -> dict[str, float]:
+    """Where names go beside curves that end at ``ends`` in [0, 1]: in their order, ``gap`` apart, none above ``top``.
+
+    So many names that they do not fit stand as close as they must.
+    """
+    order = sorted(ends, key=ends.__getitem__)
+    gap = min(gap, top / max(len(order) - 1, 1))
+    heights: dict[str, float] = {}
+    at = -gap
+    for name in order:
+        heights[name] = at = max(ends[name], at + gap)
+    at = top + gap
+    for name in reversed(order):
+        heights[name] = at = min(heights[name], at - gap)
+    return heights
 
 
 class LiveCurves:

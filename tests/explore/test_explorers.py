@@ -177,6 +177,30 @@ def test_training_curves_thin_long_histories():
         training_curves([])
 
 
+def names_beside(dice: dict[str, float]) -> dict[str, float]:
+    figure = training_curves(
+        [{"stage": "cotrain", "step": 5, "total": 1.0}, {"stage": "cotrain", "step": 5, "val_dice": dice}]
+    )
+    return {a.text: a.y for a in figure.layout.annotations if a.text in (*dice, "<b>mean</b>")}
+
+
+@pytest.mark.parametrize("ends", [np.linspace(0.8, 0.95, 13), np.zeros(13), np.ones(16), np.linspace(0, 1, 13)])
+def test_names_of_many_organs_stand_apart_in_the_panel_and_in_order(ends):
+    dice = {f"organ {i}": float(end) for i, end in enumerate(ends)}
+    heights = names_beside(dice)
+    assert list(heights) == sorted(heights, key=heights.__getitem__)
+    told = [dice[name] for name in heights if name in dice]
+    assert told == sorted(told)
+    gaps = np.diff(list(heights.values()))
+    assert gaps.min() > min(0.075, 1 / len(dice)) - 1e-9
+    assert min(heights.values()) > -1e-9 and max(heights.values()) < 1 + 1e-9
+
+
+def test_names_of_organs_that_end_apart_stand_at_their_curves():
+    heights = names_beside({"liver": 0.9, "spleen": 0.1})
+    assert heights == pytest.approx({"spleen": 0.1, "<b>mean</b>": 0.5, "liver": 0.9})
+
+
 def test_live_curves_draw_while_running_and_end_as_a_picture(displayed):
     curves = live_curves(["relational", "dice"], interval=0.0)
     curves.update("pretrain", 1, {"relational": torch.tensor(2.0)})
