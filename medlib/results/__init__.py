@@ -1,5 +1,6 @@
 """Run records, the papers' published numbers, and how sure a difference is."""
 
+from .comparison import compare
 from .published import published, sources
 from .records import RunRecord, load_records, read_record, table, versions
 from .statistics import Interval, mean_std, paired_bootstrap, wilcoxon
@@ -7,6 +8,7 @@ from .statistics import Interval, mean_std, paired_bootstrap, wilcoxon
 __all__ = [
     "Interval",
     "RunRecord",
+    "compare",
     "load_records",
     "mean_std",
     "paired_bootstrap",
