@@ -71,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--scale", default="laptop", help="ci, laptop (default) or paper")
     sweep.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
     sweep.add_argument("--precision", help="32-true or bf16-mixed; default: what the device prefers")
+    sweep.add_argument(
+        "--recompute", type=int, default=0, metavar="N",
+        help="compute the N finest levels again in the backward pass: less memory, more time, the same result",
+    )  # fmt: skip
     sweep.add_argument("-s", "--setting", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     sweep.add_argument(
         "--ablation", nargs="+", action="append", default=[], metavar=("NAME", "SETTING=VALUE"),

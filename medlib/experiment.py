@@ -205,6 +205,7 @@ def run(
     output_dir: Path,
     device: str = "auto",
     precision: str | None = None,
+    recompute: int = 0,
     open_test: bool = False,
     progress: bool = True,
     callback: Callback | None = None,
@@ -216,7 +217,7 @@ def run(
         seed: of the training; the split is the data's.
         device, precision: see `medlib.train.make_fabric`.
         open_test: also measure on the test patients: for the number that is reported, not for choosing.
-        callback, keep: see `medlib.train.train`.
+        recompute, callback, keep: see `medlib.train.train`.
     """
     fabric = make_fabric(device, precision=precision)
     started = time.monotonic()
@@ -230,6 +231,7 @@ def run(
         progress=progress,
         callback=callback,
         keep=keep,
+        recompute=recompute,
     )
 
     predict = predictor(method, trained.networks, fabric)

@@ -5,14 +5,16 @@ has one dropout rate for all levels and always normalises the bottleneck. The bl
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from monai.networks.blocks import Convolution
 from monai.networks.nets import resnet50
 from monai.networks.nets.basic_unet import TwoConv, UpCat
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from medlib.rng import stream_seed
 
@@ -42,7 +44,59 @@ def kaiming_init(module: nn.Module, slope: float = 0.01) -> nn.Module:
     return module
 
 
-class Encoder(nn.Module):
+class Half(nn.Module):
+    """An encoder or a decoder. Some of its ``levels`` can be computed again in the backward pass (`recompute_levels`).
+
+    Attributes:
+        recomputed: number of levels, finest first, that keep only what goes in and out.
+    """
+
+    levels: nn.ModuleList
+    recomputed: int = 0
+
+    def through(self, fineness: int, level: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """``level(*inputs)``; ``fineness`` is 0 at full resolution."""
+        if fineness >= self.recomputed or not torch.is_grad_enabled():
+            return level(*inputs)
+
+        def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+            return contextlib.nullcontext(), _statistics_kept(self)
+
+        return cast(Tensor, checkpoint(level, *inputs, use_reentrant=False, context_fn=contexts))
+
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Inside, batch norms do not move their running statistics: what is computed again has moved them already."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    kept = [dict(norm.named_buffers()) for norm in norms]
+    for norm, buffers in zip(norms, kept, strict=True):
+        for name, buffer in buffers.items():
+            setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)
+
+
+def recompute_levels(networks: nn.Module, levels: int) -> nn.Module:
+    """The finest ``levels`` of each U-Net or V-Net in ``networks`` are computed again in the backward pass.
+
+    Until then such a level keeps only what goes in and out of it, so that a step takes less memory and more time. Loss,
+    gradients, dropout and running statistics are the same. Each level has a like share of the work, and twice the
+    memory of the next, so the first two pay best. 0: none is. Returns ``networks``; ValueError: ``levels`` is negative.
+    """
+    if levels < 0:
+        raise ValueError(f"levels must be 0 or more, got {levels}")
+    for module in networks.modules():
+        if isinstance(module, Half):
+            module.recomputed = levels
+    return networks
+
+
+class Encoder(Half):
     """The contracting half of a U-Net: two convolutions a level, max-pooling between levels.
 
     Args:
@@ -87,13 +141,13 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 1, *space) -> feature maps of every level, finest first; the last one is the bottleneck."""
-        features = [self.levels[0](images)]
-        for level in self.levels[1:]:
-            features.append(level(self.pool(features[-1])))
+        features = [self.through(0, self.levels[0], images)]
+        for number, level in enumerate(self.levels[1:], start=1):
+            features.append(self.through(number, nn.Sequential(self.pool, level), features[-1]))
         return features
 
 
-class Decoder(nn.Module):
+class Decoder(Half):
     """The expanding half: up-sampling by two, concatenation with the encoder's map, two convolutions a level.
 
     Args:
@@ -123,8 +177,8 @@ class Decoder(nn.Module):
         """Feature maps of the encoder -> feature maps of the decoder, coarsest first; the last has full resolution."""
         maps = []
         x = features[-1]
-        for level, skip in zip(self.levels, features[-2::-1], strict=True):
-            x = level(x, skip)
+        for number, (level, skip) in enumerate(zip(self.levels, features[-2::-1], strict=True), start=1):
+            x = self.through(len(self.levels) - number, level, x, skip)
             maps.append(x)
         return maps
 
@@ -134,7 +188,7 @@ def _vnet_layer(before: int, after: int, **how: Any) -> nn.Module:
     return Convolution(3, before, after, act=RELU, norm="batch", adn_ordering="NA", **how)
 
 
-class VNetEncoder(nn.Module):
+class VNetEncoder(Half):
     """The contracting half of the V-Net of SSL4MIS: strided convolutions between levels, 1 to 3 convolutions a level.
 
     It is not MONAI's V-Net, which has 5x5x5 kernels, residual blocks and concatenated skips.
@@ -156,13 +210,15 @@ class VNetEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 1, D, H, W) -> feature maps of every level, finest first; the last one is the bottleneck."""
-        features = [self.levels[0](images)]
-        for level in self.levels[1:]:
-            features.append(level(features[-1]))
+        features = []
+        x = images
+        for number, level in enumerate(self.levels):
+            x = self.through(number, level, x)
+            features.append(x)
         return features
 
 
-class VNetDecoder(nn.Module):
+class VNetDecoder(Half):
     """The expanding half: transposed convolution by two, the encoder's map added, 1 to 3 convolutions a level.
 
     Args:
@@ -182,8 +238,12 @@ class VNetDecoder(nn.Module):
         """Feature maps of the encoder -> feature maps of the decoder, coarsest first; the last has full resolution."""
         maps = []
         x = features[-1]
-        for up, level, skip in zip(self.up, self.levels, features[-2::-1], strict=True):
-            x = level(up(x) + skip)
+        for number, (up, level, skip) in enumerate(zip(self.up, self.levels, features[-2::-1], strict=True), start=1):
+
+            def refined(x: Tensor, skip: Tensor, up: nn.Module = up, level: nn.Module = level) -> Tensor:
+                return cast(Tensor, level(up(x) + skip))
+
+            x = self.through(len(self.levels) - number, refined, x, skip)
             maps.append(x)
         return maps
 

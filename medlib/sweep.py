@@ -35,6 +35,7 @@ class Sweep:
         output_dir: folder of the checkpoints, which runs share where their inputs agree.
         protocol: which patient lists, see `medlib.data.split_cases`.
         device, precision: see `medlib.train.make_fabric`.
+        recompute: levels of the networks that take less memory and more time, see `medlib.train.train`.
         open_test: also measure on the test patients.
     """
 
@@ -47,6 +48,7 @@ class Sweep:
     scale: str = "laptop"
     device: str = "auto"
     precision: str | None = None
+    recompute: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     ablations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     name: str = ""
@@ -84,6 +86,7 @@ class Sweep:
                 output_dir=resolve(self.output_dir),
                 device=self.device,
                 precision=self.precision,
+                recompute=self.recompute,
                 open_test=self.open_test,
             )
             root = None if self._drawn else self.root
@@ -101,6 +104,8 @@ class Sweep:
                 raise ValueError(f"{', '.join(odd)} is no setting of a method: use the sweep's own option")
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.recompute < 0:
+            raise ValueError(f"recompute must be 0 or more, got {self.recompute}")
         if any(seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds must be 0 or more, got {list(self.seeds)}")
 
@@ -146,6 +151,7 @@ class Sweep:
         words += ["--name", row] if row else []
         words += ["--protocol", self.protocol] if self.protocol != "common" else []
         words += ["--precision", self.precision] if self.precision else []
+        words += ["--recompute", self.recompute] if self.recompute else []
         words += ["--phantom"] if self.phantom else []
         words += ["--open-test"] if self.open_test else []
         return shlex.join(str(word) for word in words)

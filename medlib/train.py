@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from medlib.data.batches import TrainingData
 from medlib.methods.base import Method, Stage, Streams
-from medlib.nets import channels_last, seeded_init
+from medlib.nets import channels_last, recompute_levels, seeded_init
 from medlib.rng import stream_seed
 
 CHECKPOINT = "checkpoint.pt"
@@ -141,6 +141,7 @@ def train(
     progress: bool = True,
     callback: Callback | None = None,
     keep: Collection[int] = (),
+    recompute: int = 0,
 ) -> Trained:
     """Train ``method`` on ``data`` through all its stages; resumes and reuses what ``output_dir`` already holds.
 
@@ -157,6 +158,9 @@ def train(
             `StopTraining`.
         keep: steps, 0 among them, after which the weights are also kept, for `Trained.state`. Those that a stage does
             not reach are left out; a finished stage that lacks one is trained again.
+        recompute: levels of the networks whose activations are computed again in the backward pass, see
+            `medlib.nets.recompute_levels`: less memory, more time, the same result, so that a stage may be resumed with
+            another number.
 
     Raises:
         NonFiniteLoss: a term is infinite or not a number.
@@ -165,7 +169,7 @@ def train(
     fabric = fabric or make_fabric()
     with seeded_init(seed, "weights"):
         networks = method.networks(data.classes)
-    channels_last(networks.to(fabric.device))
+    channels_last(recompute_levels(networks.to(fabric.device), recompute))
     results = []
     stages = method.stages(data)
     for stage in stages:

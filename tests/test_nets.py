@@ -1,5 +1,7 @@
 """The networks have the published sizes, keep shapes and draw their weights from their own stream."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from medlib.nets import (
     branched_unet,
     coral_unet,
     parameter_count,
+    recompute_levels,
     seeded_init,
     ssl4mis_unet,
     ssl4mis_unet_3d,
@@ -206,3 +209,56 @@ def test_one_branch_is_the_unet_of_the_others():
         branched = branched_unet(4, 2, branches=1)
     images = torch.rand(2, 1, 32, 32)
     torch.testing.assert_close(branched(images), [plain(images)], rtol=0, atol=0)
+
+
+NETS = {
+    "coral": (lambda: coral_unet(4, 4), (2, 1, 32, 32)),
+    "ssl4mis": (lambda: ssl4mis_unet(4, 4), (2, 1, 32, 32)),
+    "3D": (lambda: ssl4mis_unet_3d(3, 2), (2, 1, 16, 16, 32)),
+    "V-Net": (lambda: ssl4mis_vnet(3, 2), (2, 1, 16, 16, 16)),
+    "two branches": (lambda: branched_unet(4, 4), (2, 1, 32, 32)),
+}
+
+
+def passes(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Two passes and one way back: the logits of the second, the bytes that autograd kept."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(1)  # dropout
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        first, second = (network(part) for part in (images, images.flip(-1)))
+    if isinstance(first, list):
+        first, second = torch.stack(first), torch.stack(second)
+    (first.square().mean() - second.abs().mean()).backward()
+    return second, sum(kept.values())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", NETS)
+def test_levels_computed_again_change_memory_and_nothing_else(name, training):
+    make, shape = NETS[name]
+    images = torch.rand(shape)
+    with seeded_init(0, "weights"):
+        plain = make().train(training)
+    copies = [copy.deepcopy(plain) for _ in range(3)]
+    logits, kept = passes(plain, images)
+    for lean, (levels, less) in zip(copies, ((1, 0.75), (2, 0.55), (9, 0.35)), strict=True):
+        recompute_levels(lean, levels)
+        found, bytes_kept = passes(lean, images)
+        assert torch.equal(found, logits) and bytes_kept < less * kept
+        for (weight, one), (_, other) in zip(plain.named_parameters(), lean.named_parameters(), strict=True):
+            assert torch.equal(one.grad, other.grad), weight
+        for (buffer, one), (_, other) in zip(plain.named_buffers(), lean.named_buffers(), strict=True):
+            assert torch.equal(one, other), buffer
+
+
+def test_levels_computed_again_take_a_number_from_0():
+    unet = recompute_levels(coral_unet(4, 2), 2)
+    assert [half.recomputed for half in (unet.encoder, unet.decoder)] == [2, 2]
+    assert recompute_levels(unet, 0).encoder.recomputed == 0
+    with pytest.raises(ValueError, match="levels must be 0 or more, got -1"):
+        recompute_levels(unet, -1)

@@ -147,3 +147,14 @@ def test_phantoms_are_recorded_as_such_and_folders_are_tried_first(root, tmp_pat
             assert main([*arguments, *folders, "--labelled", "1", "--seeds", "1", option, str(tmp_path / below)]) == 2
             assert "cannot be written to" in capsys.readouterr().err
     assert main([*arguments, "--records", str(tmp_path / "a file"), "--labelled", "1", "--seeds", "0"]) == 2
+
+
+def test_computing_levels_again_is_in_the_command_and_no_setting(root, tmp_path, capsys):
+    call = ["--methods", "labelled_only", "--labelled", "1", "--seeds", "0"]
+    assert sweep(root, tmp_path, *call, "--recompute", "2") == 0
+    (record,) = load_records(tmp_path / "records")
+    assert "--recompute 2" in record.command and "recompute" not in record.settings
+    capsys.readouterr()
+    assert sweep(root, tmp_path, *call) == 0 and "there already" in capsys.readouterr().out
+    assert sweep(root, tmp_path, *call, "--recompute", "-1") == 2
+    assert "recompute must be 0 or more, got -1" in capsys.readouterr().err

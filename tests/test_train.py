@@ -348,3 +348,26 @@ def test_two_runs_of_one_stage_at_once_train_it_once(tmp_path):
     assert same(first, late[0])
     assert late[0].stages[0].reused
     assert [line["step"] for line in first.stages[0].history()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_levels_computed_again_give_the_same_weights_also_after_a_resume_with_another_number(tmp_path, fabric):
+    data, method = training_data(labelled=1), build("mona", scale="ci")
+    calls = []
+
+    def follow(folder: str, **options: Any) -> Trained:
+        return train(method, data, seed=0, output_dir=tmp_path / folder, fabric=fabric, progress=False, **options)
+
+    def stop(name: str, step: int, terms: object) -> None:
+        calls.append(name)
+        if name == "finetune" and step == 3:
+            raise StopTraining
+
+    plain = follow("plain")
+    assert same(plain, follow("lean", recompute=2))
+    with pytest.raises(KeyboardInterrupt):
+        follow("cut", recompute=2, log_every=1, callback=stop)
+    assert same(plain, follow("cut", recompute=1)) and "finetune" in calls
+    assert len(list((tmp_path / "cut" / "stages").iterdir())) == 2  # the number is part of no key
+    with pytest.raises(ValueError, match="levels must be 0 or more"):
+        follow("never", recompute=-1)
+    assert not (tmp_path / "never").exists()
