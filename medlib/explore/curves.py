@@ -135,7 +135,7 @@ def _dice(figure: go.Figure, checks: list[Mapping[str, Any]], column: int, end: 
             row=2,
             col=column,
         )
-    for structure, height in _apart(ends).items():
+    for structure, height in spread(ends).items():
         figure.add_annotation(
             x=steps[-1], y=height, text=structure, xanchor="left", xshift=6, row=2, col=column, font={"size": 11}
         )
@@ -169,7 +169,7 @@ def _dice(figure: go.Figure, checks: list[Mapping[str, Any]], column: int, end: 
     figure.update_yaxes(title_text="validation Dice", range=[0, 1.02], row=2, col=column)
 
 
-def _apart(ends: Mapping[str, float], gap: float = 0.075, top: float = 1.0) -> dict[str, float]:
+def spread(ends: Mapping[str, float], gap: float = 0.075, top: float = 1.0) -> dict[str, float]:
     """Where names go beside curves that end at ``ends`` in [0, 1]: in their order, ``gap`` apart, none above ``top``.
 
     So many names that they do not fit stand as close as they must.

@@ -1,6 +1,7 @@
 """A training to watch while it runs: in the background of this kernel, or in another process."""
 
 import json
+import math
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ from plotly.subplots import make_subplots
 from medlib.data.prepare import Prepared
 from medlib.evaluate import predict_volume
 from medlib.explore import pixels
-from medlib.explore.curves import term_names, thin
+from medlib.explore.curves import spread, term_names, thin
 from medlib.explore.live import LiveFigure
 from medlib.explore.panels import block
 from medlib.explore.show import Explorer, hint, redraw, show_widget, stack
@@ -471,14 +472,13 @@ class _Curves:
         for name, (row, column, points) in curves.items():
             if points:
                 x, y = thin([starts[line["stage"]] + line["step"] for line, _ in points], [v for _, v in points])
-                trace = self._trace(name, row, column, terms.index(name) if name in terms else None)
-                ends = {"text": [""] * (len(x) - 1) + [name.removeprefix(_CLASS)]} if name.startswith(_CLASS) else {}
-                redraw(trace, x=x, y=y, **ends)
+                redraw(self._trace(name, row, column, terms.index(name) if name in terms else None), x=x, y=y)
         latest = {name: line[name] for line in history for name in (*terms, "lr") if name in line}
         words = [f"{'learning rate' if name == 'lr' else name} {value:.3g}" for name, value in latest.items()]
         now = " · ".join(words) or "nothing logged yet"
         self.figure.layout.title.text = f"{self.title}<br><span style='font-size:13px'>{now}</span>"
-        self._annotate(starts)
+        last_line, last_dice = checks[-1] if checks else ({}, {})
+        self._annotate(starts, last_dice, starts[last_line["stage"]] + last_line["step"] if checks else 0)
 
     def _trace(self, name: str, row: int, column: int, term: int | None) -> Any:
         """The curve ``name``, added where it is new."""
@@ -492,23 +492,21 @@ class _Curves:
             self._traces[name] = len(self.figure.data)
             mode = "lines+markers" if row == 1 and column == 2 else "lines"
             trace = go.Scatter(name=name, x=[], y=[], mode=mode, line=line, showlegend=term is not None)
-            if name.startswith(_CLASS):  # its name at its end
-                trace.update(
-                    mode="lines+markers+text",
-                    textposition="middle right",
-                    cliponaxis=False,
-                    text=[],
-                    textfont={"size": 10},
-                )
             self.figure.add_trace(trace, row=row, col=column)
         return self.figure.data[self._traces[name]]
 
-    def _annotate(self, starts: Mapping[str, int]) -> None:
-        """Where stages begin, and the samples with their words; only what has changed goes to the page."""
+    def _annotate(self, starts: Mapping[str, int], dice: Mapping[str, float], at: int) -> None:
+        """Stages where they begin, classes where the curves of their ``dice`` end, the samples with their words.
+
+        Only what has changed goes to the page.
+        """
         words = [
             {"text": stage, "x": x, "y": 1, "xref": "x", "yref": "y domain", "xanchor": "left", "yanchor": "top"}
             for stage, x in starts.items()
         ]
+        ends = {"xref": "x2", "yref": "y2", "xanchor": "left", "xshift": 5, "font": {"size": 10}}
+        heights = spread({name: value for name, value in dice.items() if math.isfinite(value)}, gap=0.11)
+        words += [{"text": name, "x": at, "y": round(height, 4), **ends} for name, height in heights.items()]
         here, places = {"xref": "x4", "yref": "y4"}, []
         for i, one in enumerate(self.samples):
             left = 2 * i * (self._tile + _APART)
@@ -531,7 +529,7 @@ class _Curves:
         if steps:
             corner = {"x": 1, "xref": "paper", "xanchor": "right", "y": 0, "yref": "paper", "yshift": -18}
             words.append({**corner, "text": f"predicted at step {max(steps):,}"})
-        written = [f"{word['text']} {word['x']}" for word in words]
+        written = [f"{word['text']} {word['x']} {word['y']}" for word in words]
         if written != self._written:
             lines = [{"type": "line", "xref": "x", "yref": "y domain", "x0": x, "x1": x, "y0": 0, "y1": 1,
                       "line": {"color": MUTED, "width": 1, "dash": "dot"}} for x in starts.values() if x]  # fmt: skip

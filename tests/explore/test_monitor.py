@@ -90,7 +90,14 @@ def test_a_run_goes_on_in_the_background_and_is_drawn(tmp_path):
     checks = [6 + line["step"] for line in finetune if "val_dice" in line]
     assert curve(monitor, "mean Dice") == (checks, [0.375] * len(checks)) and len(checks) > 1
     assert curve(monitor, "Dice of RV")[1] == [0.25] * len(checks)
-    assert [note.text for note in monitor.figures["training"].layout.annotations] == ["pretrain", "finetune"]
+    stages, names = (
+        [note for note in monitor.figures["training"].layout.annotations if (note.xref == "x2") == beside]
+        for beside in (False, True)
+    )
+    assert [note.text for note in stages] == ["pretrain", "finetune"]
+    ends = {note.text: note.y for note in names}
+    assert list(ends) == sorted(finetune[-1]["val_dice"], key=finetune[-1]["val_dice"].__getitem__) and len(ends) > 1
+    assert min(np.diff(sorted(ends.values()))) > 0.1 and {note.x for note in names} == {checks[-1]}
     assert {t.name for t in monitor.figures["training"].data if t.showlegend} >= {"total", "relational", "ordinal"}
     assert "learning rate 1" in monitor.figures["training"].layout.title.text
 
