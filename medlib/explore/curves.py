@@ -155,11 +155,11 @@ def _dice(figure: go.Figure, checks: list[Mapping[str, Any]], column: int, end: 
     )
     figure.add_annotation(
         x=steps[-1],
-        y=0.02,
+        y=1,
         yref="y domain",
         xanchor="right",
         yanchor="bottom",
-        xshift=-6,
+        font={"size": 11, "color": MUTED},
         row=2,
         col=column,
         text=f"best mean {mean[best]:.3f} at step {steps[best]}",

@@ -67,7 +67,9 @@ def _measured(features: np.ndarray, positions: np.ndarray, patients: np.ndarray,
 class _Colouring:
     """How one column is painted: a number per point, a colour axis, and names with their colours where it has any."""
 
-    def __init__(self, name: str, values: Sequence[Any] | np.ndarray, count: int):
+    def __init__(
+        self, name: str, values: Sequence[Any] | np.ndarray, count: int, palette: Mapping[str, str] | None = None
+    ):
         column = np.asarray(values)
         if column.shape != (count,):
             raise ValueError(f"column {name!r} must hold one value for each of {count} points, got {column.shape}")
@@ -84,11 +86,12 @@ class _Colouring:
         else:
             self.values = np.array([str(value) for value in column])
             names, index = np.unique(self.values, return_inverse=True)
-            self.palette = category_colours(names.tolist())
-            self.codes = (index % len(CATEGORIES)).astype(float)
-            edges = [(k / len(CATEGORIES), (k + 1) / len(CATEGORIES)) for k in range(len(CATEGORIES))]
-            steps = [(edge, colour) for pair, colour in zip(edges, CATEGORIES, strict=True) for edge in pair]
-            self.axis = {"colorscale": steps, "cmin": -0.5, "cmax": len(CATEGORIES) - 0.5, "showscale": False}
+            whole = palette if palette and set(names) <= set(palette) else category_colours(names.tolist())
+            self.palette = {value: whole[value] for value in names.tolist()}
+            self.codes, shades = index.astype(float), list(self.palette.values())
+            edges = [(k / len(shades), (k + 1) / len(shades)) for k in range(len(shades))]
+            steps = [(edge, colour) for pair, colour in zip(edges, shades, strict=True) for edge in pair]
+            self.axis = {"colorscale": steps, "cmin": -0.5, "cmax": len(shades) - 0.5, "showscale": False}
 
     def coloraxis(self) -> dict[str, Any]:
         bar = {
@@ -388,6 +391,7 @@ def embedding_explorer(
     predictions: np.ndarray | Mapping[str, np.ndarray] | None = None,
     classes: Sequence[str] = (),
     colours: Sequence[str] = (),
+    palette: Mapping[str, str] | None = None,
     colour: str = "position",
     projection: str | None = None,
     seed: int = 0,
@@ -400,8 +404,9 @@ def embedding_explorer(
     [0, 1] · patients: N names · thumbnails: (N,h,w) uint8 · groups: N names (diagnosis, phase, ...), optional ·
     columns: name -> N further values to colour by (entropy, error, data set, ...): numbers get a scale from their 1st
     to their 99th percentile, anything else colours by value · labels: (N,h,w) int · predictions: (N,h,w) int, or one
-    such for each of some methods · classes, colours: names and ``#rrggbb`` of their values · colour: of "position",
-    "patient", "group" and ``columns``, the first · projection: "PCA" or "t-SNE", by default t-SNE up to 1,500 points.
+    such for each of some methods · classes, colours: names and ``#rrggbb`` of their values · palette: value ->
+    ``#rrggbb`` for each column that has no other values · colour: of "position", "patient", "group" and ``columns``,
+    the first · projection: "PCA" or "t-SNE", by default t-SNE up to 1,500 points.
     Under each picture stand numbers from the full feature space (``medlib.explore.measures``), of 1,500 points at
     random where there are more, and how many neighbours the picture keeps: the picture itself proves nothing.
 
@@ -433,7 +438,7 @@ def embedding_explorer(
         given["group"] = [str(group) for group in groups]
     if taken := [name for name in columns or {} if name in ("position", "patient", "group")]:
         raise ValueError(f"columns {taken} are there already: give them another name")
-    table = {name: _Colouring(name, values, count) for name, values in {**given, **(columns or {})}.items()}
+    table = {name: _Colouring(name, values, count, palette) for name, values in {**given, **(columns or {})}.items()}
     for name, value, known in (("colour", colour, tuple(table)), ("projection", projection, (None, *PROJECTIONS))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")

@@ -110,6 +110,7 @@ def loss_explorer(
     parameters: Mapping[str, Range] | None = None,
     *,
     bearing: str | None = None,
+    shade: str | None = "position",
     title: str = "Where the loss pushes",
     tip: str = "turn one point around the circle. Where is the loss lowest, and do the arrows lead there?",
 ) -> Explorer:
@@ -119,7 +120,8 @@ def loss_explorer(
     tensor: any function of ``medlib.losses`` of that form; or name -> such a function, at most three, side by side over
     the same points · points: (N,2), N <= 8 · positions: N values in [0, 1], shown as colour · parameters: name ->
     (smallest, largest, first value), one slider each, for each loss that takes it · bearing: the name of a parameter
-    that is a direction in degrees, drawn as an arrow from the centre. Controls: ``point`` (which to move), ``angle`` in
+    that is a direction in degrees, drawn as an arrow from the centre · shade: what ``positions`` are, under the colour
+    bar; None for roles that only the title explains: no bar. Controls: ``point`` (which to move), ``angle`` in
     degrees, ``radius``, and the parameters by name. A click on a point chooses it. Arrows show minus the gradient;
     equal scale at all times, very long ones are shortened.
 
@@ -190,7 +192,7 @@ def loss_explorer(
     unit_pull = {n: max(float(np.abs(found).max()), 1e-9) for n, found in pulled.items()}
     turn = np.linspace(0, 360, _ANGLES)
     around = np.stack([np.cos(np.radians(turn)), np.sin(np.radians(turn))], axis=1)
-    figure = LiveFigure(_loss_frame(list(losses), start, positions, turn, around, named, bool(unit_pull)))
+    figure = LiveFigure(_loss_frame(list(losses), start, positions, turn, around, shade, named, bool(unit_pull)))
     readout = ipywidgets.HTML()
 
     def draw(change: object = None) -> None:
@@ -255,8 +257,9 @@ def loss_explorer(
     draw()
     twin = go.Figure(figure)
     move = ipywidgets.HBox([controls["angle"], controls["radius"]])
+    painted = f" coloured by {shade}" if shade else ""
     alt = (
-        f"{title}: {len(start)} points in the plane coloured by position, arrows along which the loss falls, and the "
+        f"{title}: {len(start)} points in the plane{painted}, arrows along which the loss falls, and the "
         "loss as point A turns"
     )
     alt += f", for each of {', '.join(losses)}." if named else "."
@@ -309,6 +312,7 @@ def _loss_frame(
     positions: list[float],
     turn: np.ndarray,
     around: np.ndarray,
+    shade: str | None,
     named: bool,
     pairs: bool,
 ) -> go.Figure:
@@ -338,7 +342,7 @@ def _loss_frame(
                 showlegend=False,
                 textfont={"color": [CARD if p < 0.75 else INK for p in positions], "size": 13},
                 customdata=positions,
-                hovertemplate="%{text}, position %{customdata:.2f}<extra></extra>",
+                hovertemplate="%{text}" + (f", {shade} %{{customdata:.2f}}" if shade else "") + "<extra></extra>",
                 marker={"size": 27, "color": positions, "coloraxis": "coloraxis", "line": {"color": CARD, "width": 2}},
             ),
             **plane,
@@ -355,7 +359,7 @@ def _loss_frame(
     if named:
         where = {"x": 1, "xanchor": "right", "y": 0.008, "yref": "container", "yanchor": "bottom", "len": 0.3}
     bar = {
-        "title": {"text": "position", "font": {"size": 12, "color": MUTED}},
+        "title": {"text": shade, "font": {"size": 12, "color": MUTED}},
         "orientation": "h",
         "thickness": 8,
         "outlinewidth": 0,
@@ -367,8 +371,10 @@ def _loss_frame(
         template=TEMPLATE,
         height=_NAMED_HEIGHT[count] if named else 430,
         margin={"l": 60, "r": 20, "t": 92, "b": 112} if named else {"l": 20, "r": 20, "t": 70, "b": 52},
-        coloraxis={"colorscale": position_scale(), "cmin": 0, "cmax": 1, "colorbar": bar},
-    )
+        coloraxis={
+            "colorscale": position_scale(), "cmin": 0, "cmax": 1, "colorbar": bar, "showscale": shade is not None
+        },
+    )  # fmt: skip
     if pairs:
         for name, look in _PAIRS.items():
             line = go.Scatter(x=[None], y=[None], mode="lines", name=name, line={**look, "width": 4}, showlegend=True)

@@ -365,6 +365,20 @@ def test_columns_are_numbers_or_categories():
     assert "site b" in figure.data[0].text[1] and "error 0.25" in figure.data[0].text[1]
 
 
+def test_a_palette_names_the_colours_of_a_column_that_it_covers():
+    methods, positions, patients, thumbnails = cloud()
+    given, table = {"a": "#010203", "b": "#040506", "c": "#070809"}, {"site": ["b", "a"] * 20, "arm": ["a", "z"] * 20}
+    explorer = embedding_explorer(
+        methods, positions, patients, thumbnails, columns=table, projection="PCA", palette=given, colour="site"
+    )
+    assert {trace.name: trace.marker.color for trace in explorer.twin.data[2:]} == {"a": "#010203", "b": "#040506"}
+    axis, codes = explorer.twin.layout.coloraxis, explorer.twin.data[0].marker.color
+    shades = [axis.colorscale[2 * int(code)][1] for code in codes[:2]]
+    assert shades == ["#040506", "#010203"] and (axis.cmin, axis.cmax) == (-0.5, 1.5)
+    explorer.controls["colour"].value = "arm"  # "z" has no colour there: none of the column's is taken from it
+    assert "#010203" not in explorer.controls["legend"].value
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -423,6 +437,15 @@ def test_loss_explorer_moves_points_and_draws_the_slope():
     assert json_size(explorer.twin) < 30_000
     with pytest.raises(ValueError, match="N <= 8"):
         loss_explorer(attraction, np.ones((9, 2)), [0.0] * 9)
+
+
+def test_loss_explorer_says_what_its_colours_are_or_has_no_bar():
+    two = np.array([[1.0, 0], [0, 0.5]])
+    for shade in ("position", "weight", None):
+        explorer = loss_explorer(attraction, two, [0, 1], shade=shade)
+        axis, dots = explorer.twin.layout.coloraxis, explorer.twin.data[1]
+        assert axis.showscale == bool(shade) and axis.colorbar.title.text == shade
+        assert ((shade or "position") in dots.hovertemplate, "coloured by" in explorer.alt) == (bool(shade),) * 2
 
 
 def test_loss_explorer_draws_a_parameter_that_is_a_direction():
