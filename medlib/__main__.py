@@ -1,7 +1,6 @@
 """``python -m medlib``: run a notebook into a file of its own, check a data folder, draw phantoms, list notebooks."""
 
 import argparse
-import ast
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,11 +147,13 @@ def command_check(options: argparse.Namespace) -> int:
     """Print what a data set's folder holds, and what would stop a training."""
     from medlib.data.check import check_dataset
 
+    if options.figure is not None:
+        from medlib.explore.report import check_page, check_target, write_page
+
+        check_target(resolve(options.figure))
     report = check_dataset(options.name, options.root, progress=sys.stderr.isatty())
     print(report)
     if options.figure is not None:
-        from medlib.explore.report import check_page, write_page
-
         write_page(check_page(report), resolve(options.figure))
         print(f"Figure: {shorten(resolve(options.figure))}")
     return 0 if report.ok else 1
@@ -203,10 +204,9 @@ def command_record(options: argparse.Namespace) -> int:
 
 def read_value(text: str) -> object:
     """A number, True, False or None as Python reads it (true and false, too); anything else is a text, also "none"."""
-    try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
-        return text
+    from medlib.runner import read_literal
+
+    return read_literal({"true": "True", "false": "False"}.get(text, text))
 
 
 def command_notebooks(options: argparse.Namespace) -> int:

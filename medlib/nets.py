@@ -60,23 +60,29 @@ class Half(nn.Module):
             return level(*inputs)
 
         def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-            return contextlib.nullcontext(), _statistics_kept(self)
+            return contextlib.nullcontext(), _StatisticsKept(self)
 
         return cast(Tensor, checkpoint(level, *inputs, use_reentrant=False, context_fn=contexts))
 
 
-@contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Inside, batch norms do not move their running statistics: what is computed again has moved them already."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    kept = [dict(norm.named_buffers()) for norm in norms]
-    for norm, buffers in zip(norms, kept, strict=True):
-        for name, buffer in buffers.items():
-            setattr(norm, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
+class _StatisticsKept(contextlib.AbstractContextManager[None]):
+    """Inside, batch norms do not move their running statistics: what is computed again has moved them already.
+
+    It can be entered again: a graph that is kept has several backward passes.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+        self.kept: list[list[dict[str, Tensor]]] = []
+
+    def __enter__(self) -> None:
+        self.kept.append([dict(norm.named_buffers()) for norm in self.norms])
+        for norm, buffers in zip(self.norms, self.kept[-1], strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer.clone())
+
+    def __exit__(self, *exception: object) -> None:
+        for norm, buffers in zip(self.norms, self.kept.pop(), strict=True):
             for name, buffer in buffers.items():
                 setattr(norm, name, buffer)
 
@@ -86,10 +92,11 @@ def recompute_levels(networks: nn.Module, levels: int) -> nn.Module:
 
     Until then such a level keeps only what goes in and out of it, so that a step takes less memory and more time. Loss,
     gradients, dropout and running statistics are the same. Each level has a like share of the work, and twice the
-    memory of the next, so the first two pay best. 0: none is. Returns ``networks``; ValueError: ``levels`` is negative.
+    memory of the next, so the first two pay best. 0: none is. Returns ``networks``; ValueError: ``levels`` is no whole
+    number from 0.
     """
-    if levels < 0:
-        raise ValueError(f"levels must be 0 or more, got {levels}")
+    if type(levels) is not int or levels < 0:
+        raise ValueError(f"recompute must be a whole number of levels, 0 or more, got {levels!r}")
     for module in networks.modules():
         if isinstance(module, Half):
             module.recomputed = levels

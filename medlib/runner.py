@@ -29,6 +29,14 @@ SETUP_CELLS = 4
 """Parameters, overrides, `start`, and methods with their data: so far a notebook only takes or refuses its input."""
 
 
+def read_literal(text: str) -> object:
+    """The Python literal that ``text`` is, or ``text`` itself where it is none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One assignment of a notebook's parameters cell: its name, its value there, and the comment behind it."""
@@ -45,10 +53,7 @@ class Parameter:
         """
         if isinstance(self.default, str):
             return text
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
+        value = read_literal(text)
         if isinstance(self.default, float) and type(value) is int:
             value = float(value)
         if self.default is not None and type(value) is not type(self.default):
@@ -82,14 +87,14 @@ def tagged_cells(notebook: Path, tag: str) -> list[dict]:
     """The cells of a notebook file that carry ``tag``, as JSON. ValueError where the file is not a notebook."""
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError) as error:
+        return [cell for cell in cells if tag in cell["metadata"].get("tags", [])]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{shorten(notebook)} is not a notebook ({error})") from error
-    return [cell for cell in cells if tag in cell["metadata"].get("tags", [])]
 
 
 def notebook_summary(executed: Path) -> str:
     """What the cells tagged ``summary`` of an executed notebook show, as text: the table a run ends with."""
-    outputs = [output for cell in tagged_cells(executed, "summary") for output in cell["outputs"]]
+    outputs = [output for cell in tagged_cells(executed, "summary") for output in cell.get("outputs", [])]
     texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
     return "\n".join("".join(text).rstrip() for text in texts)
 

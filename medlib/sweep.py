@@ -16,9 +16,10 @@ from medlib.data import read_dataset
 from medlib.data.phantoms import is_phantom
 from medlib.data.splits import Split, split_cases
 from medlib.methods import Method, build
+from medlib.nets import recompute_levels, seeded_init
 from medlib.paths import make_folder, resolve
 from medlib.results.records import SUFFIX, RunRecord, read_record
-from medlib.train import PRECISIONS
+from medlib.train import PRECISIONS, make_fabric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,11 @@ class Sweep:
     output_dir: Path = Path("runs")
 
     def run(self) -> None:
-        """Run what has no record yet. Every method is built and every split made before the first run starts."""
+        """Run what has no record yet.
+
+        Before the first run starts every method and its networks are built, every split is made, and every record that
+        is there is read: what cannot be run is refused then.
+        """
         cases = read_dataset(self.dataset, resolve(self.root))
         rows = self._rows()
         methods = {
@@ -70,12 +75,22 @@ class Sweep:
         }
         make_folder(resolve(self.records), "records")
         make_folder(resolve(self.output_dir), "output_dir")
-        grid = list(itertools.product(self.seeds, self.labelled, methods))
-        for number, (seed, labelled, (name, row)) in enumerate(grid, start=1):
-            method = methods[name, row]
-            path = resolve(self.records) / record_name(name, row, labelled, seed)
+        grid = {
+            resolve(self.records) / record_name(name, row, labelled, seed): (seed, labelled, name, row)
+            for seed, labelled, (name, row) in itertools.product(self.seeds, self.labelled, methods)
+        }
+        make_fabric(self.device, precision=self.precision)
+        for method in methods.values():
+            method.protocol(cases[0].about)
+            with seeded_init(0):
+                recompute_levels(method.networks(len(cases[0].about.classes)), self.recompute)
+        for path, (seed, labelled, name, row) in grid.items():
             if path.exists():
-                self._check_same(read_record(path), method, splits[labelled], path)
+                self._check_same(read_record(path), methods[name, row], seed, splits[labelled], path)
+        for number, (path, (seed, labelled, name, row)) in enumerate(grid.items(), start=1):
+            method = methods[name, row]
+            if path.exists():  # from the start, or made meanwhile by another sweep
+                self._check_same(read_record(path), method, seed, splits[labelled], path)
                 print(f"[{number}/{len(grid)}] {path.name}: there already", flush=True)
                 continue
             started = time.monotonic()
@@ -104,8 +119,9 @@ class Sweep:
                 raise ValueError(f"{', '.join(odd)} is no setting of a method: use the sweep's own option")
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        if self.recompute < 0:
-            raise ValueError(f"recompute must be 0 or more, got {self.recompute}")
+        for each in itertools.product(self.methods, self._rows(), self.labelled, self.seeds):
+            if len(file := record_name(*each)) > 200:  # file systems end at 255, and a file being written has some more
+                raise ValueError(f"name makes a file name of {len(file)} letters, at most 200 fit: {file}")
         if any(seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds must be 0 or more, got {list(self.seeds)}")
 
@@ -120,7 +136,7 @@ class Sweep:
     def _drawn(self) -> bool:
         return self.phantom or is_phantom(resolve(self.root))
 
-    def _check_same(self, record: RunRecord, method: Method, split: Split, path: Path) -> None:
+    def _check_same(self, record: RunRecord, method: Method, seed: int, split: Split, path: Path) -> None:
         """ValueError unless the record on disk is of the run that is asked for.
 
         A setting that is younger than the record had its default then: that is what defaults of new settings are for.
@@ -130,6 +146,8 @@ class Sweep:
         )
         differing = sorted(key for key in asked if asked[key] != record.settings.get(key, default[key]))
         facts = {
+            "method": record.method != method.name,
+            "seed": record.seed != seed,
             "scale": record.scale != self.scale,
             "data set": (record.dataset, record.data["kind"]) != (self.dataset, "phantom" if self._drawn else "real"),
             "precision": self.precision not in (None, record.precision),

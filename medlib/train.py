@@ -70,9 +70,13 @@ class StageResult:
         if not (self.folder / METRICS).exists():
             return []
         lines = []
-        for line in (self.folder / METRICS).read_text().splitlines(keepends=True):
-            if line.endswith("\n"):  # a run that was killed may leave half a line at the end
-                lines.append(json.loads(line))
+        for number, text in enumerate((self.folder / METRICS).read_text().splitlines(keepends=True), start=1):
+            if not text.endswith("\n"):
+                break  # a run that was killed may leave half a line at the end
+            line = _object(text)
+            if not isinstance(line.get("step"), int):
+                raise ValueError(f"{self.folder / METRICS}: line {number} is damaged; delete the folder to train anew")
+            lines.append(line)
         return lines
 
 
@@ -171,14 +175,13 @@ def train(
         networks = method.networks(data.classes)
     channels_last(recompute_levels(networks.to(fabric.device), recompute))
     results = []
-    stages = method.stages(data)
-    for stage in stages:
+    for stage in method.stages(data):
         loop = _Loop(
             method, stage, networks, data, seed, output_dir, fabric, validate, validate_every,
             log_every, checkpoint_seconds, progress, callback, keep,
         )  # fmt: skip
         results.append(loop.run())
-        if loop.interrupted.is_set() and stage is not stages[-1]:
+        if loop.interrupted.is_set():
             raise KeyboardInterrupt(
                 f"stopped after the last step of {stage.name}; its checkpoint is written, the same call goes on from it"
             )
@@ -263,7 +266,8 @@ class _Loop:
         if any(step <= done and not (self.folder / _kept(step)).exists() for step in self.keep):
             saved = None  # trained without keeping a step that is wanted now
         if saved is not None and saved["step"] >= self.stage.steps:
-            self.networks.load_state_dict(saved["networks"])
+            with self._readable():
+                self.networks.load_state_dict(saved["networks"])
             self._replay()
             return StageResult(self.stage.name, key, self.folder, self.stage.steps, saved["seconds"], reused=True)
         settings = {"method": self.method.name, "seed": self.seed, **self.stage.describe()}
@@ -301,7 +305,8 @@ class _Loop:
         if fabric.world_size > 1:
             work.gather = self._gather
         if saved is not None:
-            self._restore(saved)
+            with self._readable():
+                self._restore(saved)
         elif fabric.is_global_zero:
             (self.folder / METRICS).write_text("")
         self._keep()
@@ -440,14 +445,24 @@ class _Loop:
         path = self.folder / CHECKPOINT
         if not path.exists():
             return None
-        try:
+        with self._readable():
             saved: dict[str, Any] = torch.load(path, map_location=self.fabric.device, weights_only=True)
-            if missing := {"step", "seconds", "networks"} - set(saved):
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            return saved
+            whole = {"step": int, "seconds": float, "networks": dict}
+            if isinstance(saved.get("step"), int) and saved["step"] < self.stage.steps:
+                whole |= dict.fromkeys(("work", "optimizer", "schedule", "streams", "samplers"), dict)
+            if wrong := [name for name, kind in whole.items() if not isinstance(saved.get(name), kind)]:
+                raise ValueError(f"it lacks {', '.join(sorted(wrong))}")
+        return saved
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Inside, whatever goes wrong is the checkpoint's fault."""
+        try:
+            yield
         except Exception as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise RuntimeError(
-                f"the checkpoint {path} cannot be read ({error or type(error).__name__}); "
+                f"the checkpoint {self.folder / CHECKPOINT} cannot be read ({reason}); "
                 "delete its folder to train this stage anew"
             ) from error
 
@@ -499,6 +514,15 @@ def _interruptible() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object in ``text``; an empty one where there is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _kept(step: int) -> str:

@@ -201,6 +201,10 @@ def test_a_notebook_without_parameters_is_refused(notebook: Path, capsys: pytest
     notebook.write_text("not a notebook")
     assert main(["run", str(notebook)]) == 2
     assert "tiny.ipynb is not a notebook" in capsys.readouterr().err
+    for content in ("[]", "3", '{"cells": null}', '{"cells": [1]}', '{"cells": [{}]}'):
+        notebook.write_text(content)
+        assert main(["summary", str(notebook)]) == 2
+        assert "tiny.ipynb is not a notebook" in capsys.readouterr().err
 
 
 def test_the_output_tells_overrides_apart(notebook: Path, tmp_path: Path) -> None:
@@ -252,8 +256,10 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_settings_are_read_as_python_reads_them_and_none_is_a_choice():
-    read = {text: read_value(text) for text in ("0.1", "3", "true", "False", "None", "none", "(8, 16)", "dense")}
-    assert list(read.values()) == [0.1, 3, True, False, None, "none", (8, 16), "dense"]
+    read = {
+        text: read_value(text) for text in ("0.1", "3", "true", "False", "None", "none", "(8, 16)", "dense", "{[]: 1}")
+    }
+    assert list(read.values()) == [0.1, 3, True, False, None, "none", (8, 16), "dense", "{[]: 1}"]
 
 
 @pytest.mark.parametrize(

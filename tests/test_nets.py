@@ -260,5 +260,5 @@ def test_levels_computed_again_take_a_number_from_0():
     unet = recompute_levels(coral_unet(4, 2), 2)
     assert [half.recomputed for half in (unet.encoder, unet.decoder)] == [2, 2]
     assert recompute_levels(unet, 0).encoder.recomputed == 0
-    with pytest.raises(ValueError, match="levels must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="recompute must be a whole number of levels, 0 or more, got -1"):
         recompute_levels(unet, -1)

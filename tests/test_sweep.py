@@ -136,6 +136,38 @@ def test_a_record_of_another_data_set_or_split_is_not_taken_for_the_run(root, tm
     assert sweep(other, tmp_path, *grid) == 2 and "other settings (patients)" in capsys.readouterr().err
 
 
+def test_a_record_under_another_name_is_not_taken_for_the_run(root, tmp_path, capsys):
+    grid = ["--methods", "supervised", "labelled_only", "--labelled", "1", "--seeds", "0"]
+    assert sweep(root, tmp_path, *grid) == 0
+    mine = tmp_path / "records" / "labelled_only-1p-s0.record.json"
+    for name, method, seed, word in (
+        ("labelled_only-1p-s7", "labelled_only", "7", "seed"), ("mean_teacher-1p-s0", "mean_teacher", "0", "method"),
+    ):  # fmt: skip
+        mine.with_name(f"{name}.record.json").write_bytes(mine.read_bytes())
+        capsys.readouterr()
+        assert sweep(root, tmp_path, "--methods", method, "--labelled", "1", "--seeds", seed) == 2
+        assert f"other settings ({word}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["-s", "spacing", "-1"], "spacing must be above 0 mm and finite, or None, got -1"),
+        (["-s", "spacing", "1e999"], "spacing must be above 0 mm and finite, or None, got inf"),
+        (["--device", "gpu"], "device must be auto, cpu, cuda or mps, got 'gpu'"),
+        (["--name", "x" * 190], "name makes a file name of"),
+        (["--seeds", "1", "5"], "labelled_only-1p-s5.record.json: not JSON"),
+    ],
+)
+def test_what_stops_one_run_of_a_grid_stops_all_before_the_first(root, tmp_path, capsys, extra, message):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "labelled_only-1p-s5.record.json").write_text('{"schema": 1, "met')
+    grid = ["--methods", "labelled_only", "--labelled", "1", "--seeds", "1", "2"]
+    assert sweep(root, tmp_path, *grid, *extra) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "stages").exists() and len(list((tmp_path / "records").iterdir())) == 1
+
+
 def test_phantoms_are_recorded_as_such_and_folders_are_tried_first(root, tmp_path, capsys):
     arguments = ["sweep", "acdc", str(root), "--scale", "ci", "--device", "cpu", "--methods", "supervised"]
     folders = ["--records", str(tmp_path / "records"), "--output-dir", str(tmp_path / "runs")]
@@ -157,4 +189,4 @@ def test_computing_levels_again_is_in_the_command_and_no_setting(root, tmp_path,
     capsys.readouterr()
     assert sweep(root, tmp_path, *call) == 0 and "there already" in capsys.readouterr().out
     assert sweep(root, tmp_path, *call, "--recompute", "-1") == 2
-    assert "recompute must be 0 or more, got -1" in capsys.readouterr().err
+    assert "recompute must be a whole number of levels, 0 or more, got -1" in capsys.readouterr().err

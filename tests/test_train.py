@@ -184,17 +184,18 @@ def test_an_interrupt_finishes_the_step_and_leaves_a_checkpoint(tmp_path, number
     assert same(resumed, run("supervised", tmp_path / "whole"))
 
 
-def test_a_stop_at_the_last_step_of_a_stage_is_no_beginning_of_the_next(tmp_path):
+@pytest.mark.parametrize("last", ["pretrain", "finetune"])
+def test_a_stop_at_the_last_step_of_a_stage_is_no_beginning_of_the_next(tmp_path, last):
     seen: list[tuple[str, int]] = []
 
     def stop(stage: str, step: int, terms: object) -> None:
         seen.append((stage, step))
-        if seen[-1] == ("pretrain", 6):
+        if seen[-1] == (last, 6):
             raise StopTraining
 
-    with pytest.raises(KeyboardInterrupt, match="stopped after the last step of pretrain"):
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after the last step of {last}"):
         run("coral", tmp_path, callback=stop)
-    assert seen[-1] == ("pretrain", 6)
+    assert seen[-1] == (last, 6)
     assert same(run("coral", tmp_path), run("coral", tmp_path / "whole"))
 
 
@@ -235,9 +236,23 @@ def test_a_loss_that_is_not_finite_stops_with_its_name(tmp_path, monkeypatch):
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
     folder = run("supervised", tmp_path).stages[0].folder
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for damage in ({"step": "6"}, {"networks": {}}, {"networks": None}, {"seconds": None}, {"step": 3}):
+        torch.save(saved | damage, folder / "checkpoint.pt")
+        with pytest.raises(RuntimeError, match=f"{folder.name}/checkpoint.pt cannot be read.*delete its folder"):
+            run("supervised", tmp_path)
     (folder / "checkpoint.pt").write_bytes(b"half")
     with pytest.raises(RuntimeError, match=f"{folder.name}.*delete its folder"):
         run("supervised", tmp_path)
+
+
+@pytest.mark.parametrize("damaged", ["half a li", "[]", '{"stage": "finetune"}', '{"step": "1"}'])
+def test_a_damaged_line_of_metrics_is_named(tmp_path, damaged):
+    stage = run("supervised", tmp_path).stages[0]
+    path = stage.folder / "metrics.jsonl"
+    path.write_text(f"{path.read_text().splitlines()[0]}\n{damaged}\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is damaged"):
+        stage.history()
 
 
 def test_half_a_line_of_metrics_is_passed_over(tmp_path):
@@ -368,6 +383,17 @@ def test_levels_computed_again_give_the_same_weights_also_after_a_resume_with_an
         follow("cut", recompute=2, log_every=1, callback=stop)
     assert same(plain, follow("cut", recompute=1)) and "finetune" in calls
     assert len(list((tmp_path / "cut" / "stages").iterdir())) == 2  # the number is part of no key
-    with pytest.raises(ValueError, match="levels must be 0 or more"):
-        follow("never", recompute=-1)
+    for wrong in (-1, 1.5, True, "2"):
+        with pytest.raises(ValueError, match="recompute must be a whole number of levels, 0 or more, got"):
+            follow("never", recompute=wrong)
     assert not (tmp_path / "never").exists()
+
+
+def test_levels_can_be_computed_again_more_than_once(tmp_path, fabric):
+    """Deep co-training differentiates one graph twice: for its adversarial images, then for the weights."""
+    data, method = training_data(), build("deep_cotraining", scale="ci", steps=3)
+    plain, lean = (
+        train(method, data, seed=0, output_dir=tmp_path / str(n), fabric=fabric, progress=False, recompute=n)
+        for n in (0, 2)
+    )
+    assert same(plain, lean)

@@ -14,7 +14,7 @@ from medlib.explore.embedding import embedding_explorer
 from medlib.explore.history import history_explorer
 from medlib.explore.pixels import to_gray
 from medlib.explore.show import Explorer
-from medlib.paths import DATA, resolve, shorten
+from medlib.paths import DATA, make_folder, resolve, shorten
 
 if TYPE_CHECKING:  # opening a recorded file needs neither torch nor MONAI
     from medlib.experiment import Outcome
@@ -244,12 +244,20 @@ def record_phantoms(
     from medlib.methods import build
     from medlib.notebook import PHANTOM_PATIENTS
     from medlib.results.records import SUFFIX
+    from medlib.train import make_fabric
 
     chosen = [build(name, scale=scale) for name in methods]
     if unfit := [method.title for method in chosen if not finished.embeds_slices(method)]:
         raise ValueError(f"{', '.join(unfit)} does not embed slices")
-    if resolve(output).suffix != ".npz":
-        raise ValueError(f"a recording is written to a .npz file, got {resolve(output).name!r}")
+    if resolve(output).suffix != ".npz" or resolve(output).is_dir():
+        raise ValueError(f"output must be a .npz file, for a recording is one, got {resolve(output).name!r}")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio must be above 0 and at most 1, got {ratio}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
+    make_folder(resolve(output).parent, "output")
+    make_folder(resolve(output_dir), "output_dir")
+    make_fabric(device)
     patients = PHANTOM_PATIENTS[scale]
     root = data.write_phantoms("acdc", DATA / "phantoms" / f"acdc-{patients}", patients, seed=0)
     cases = data.read_dataset("acdc", root)

@@ -12,6 +12,7 @@ from medlib.data.check import Report, Summary
 from medlib.explore import pixels
 from medlib.explore.show import browser_found
 from medlib.explore.style import FONT, INK, MUTED, TEMPLATE
+from medlib.paths import make_folder
 
 FORMATS = (".html", ".png", ".pdf", ".svg")
 _WIDTH, _LEFT, _TOP, _FOOT = 1000, 40, 96, 60
@@ -135,16 +136,21 @@ def _shares(figure: go.Figure, report: Report) -> None:
     figure.update_yaxes(row=1, col=2, autorange="reversed", showgrid=False)
 
 
-def write_page(figure: go.Figure, path: Path) -> None:
-    """The figure as a file: .html (always possible), .png, .pdf or .svg (drawn by a Chrome).
-
-    Raises `ValueError` for another ending, `OSError` where a picture is wanted and no Chrome is found.
-    """
+def check_target(path: Path) -> None:
+    """ValueError unless `write_page` knows the ending and the folder can be written to; OSError without a Chrome."""
     if path.suffix not in FORMATS:
         raise ValueError(f"{path} must end in one of {', '.join(FORMATS)}")
     if path.suffix != ".html" and not browser_found():
         raise OSError(f"a {path.suffix} file needs a Chrome on this machine: write {path.with_suffix('.html')} instead")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "figure")
+
+
+def write_page(figure: go.Figure, path: Path) -> None:
+    """The figure as a file: .html (always possible), .png, .pdf or .svg (drawn by a Chrome).
+
+    Raises what `check_target` raises: ask it before a long computation.
+    """
+    check_target(path)
     if path.suffix == ".html":
         figure.write_html(path, include_plotlyjs=True)
         return

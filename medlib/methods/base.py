@@ -7,6 +7,7 @@ Nothing here, and nothing in the training loop, knows any method's name.
 import dataclasses
 import difflib
 import importlib
+import math
 import pkgutil
 import typing
 from abc import ABC, abstractmethod
@@ -137,6 +138,8 @@ class Method(ABC):
         """
         spacing = self.spacing
         if spacing is not None:
+            if not 0 < spacing < math.inf:
+                raise ValueError(f"spacing must be above 0 mm and finite, or None, got {spacing}")
             spacing = None if info.spacing is None else min(spacing, info.size * info.spacing / self.image_size)
         return Protocol(self.image_size, spacing, window=info.window)
 

@@ -231,7 +231,9 @@ class Cotrained(Method):
                 f"patch must be multiples of {STRIDE} (four halvings), one of them larger than that, got {sides}"
             )
         mm = self.voxel_spacing
-        if mm is not None and not (isinstance(mm, tuple) and len(mm) == 3 and all(0 < n < math.inf for n in mm)):
+        if mm is not None and not (
+            isinstance(mm, tuple) and len(mm) == 3 and all(type(n) in (int, float) and 0 < n < math.inf for n in mm)
+        ):
             raise ValueError(f"voxel_spacing must be (z, y, x) in mm or None, got {mm!r}")
 
     # what differs between methods

@@ -183,6 +183,8 @@ class Dacl(Cotrained):
         check_range(self, "cross_weight", "contrast_weight", lowest=0)
         check_whole(self, "projection_dim", "samples", "bank_push", "anchors", "negatives")
         check_whole(self, "delay", "level", "bank", lowest=0)
+        if self.delay >= self.steps and self.contrast != "none":
+            raise ValueError(f"delay={self.delay} of steps={self.steps}: the contrast would never begin")
         check_whole(self, "keys", lowest=2)
         if self.keys % 2:
             raise ValueError(f"keys must be even, half of them from the bank, got {self.keys}")

@@ -110,7 +110,7 @@ class RunRecord:
         values["split"] = _split(values["split"], source)
         for part in ("val", "test"):
             try:
-                values[part] = values[part] and Evaluation.from_dict(values[part])
+                values[part] = None if values[part] is None else Evaluation.from_dict(values[part])
             except ValueError as error:
                 raise ValueError(f"{source}: {part!r}: {error}") from None
         try:
@@ -127,7 +127,7 @@ class RunRecord:
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.name[:100], suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)

@@ -1,6 +1,7 @@
 """Phantom hearts: deterministic, laid out like ACDC, and anatomically what their group says."""
 
 import json
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -142,6 +143,21 @@ def test_an_interrupted_drawing_leaves_nothing_behind_and_the_old_phantoms_in_pl
         write_phantoms("acdc", root, 2, seed=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root"]
     assert json.loads((root / STAMP).read_text())["seed"] == 0
+
+
+def test_an_interrupted_drawing_draws_no_more_patients(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(root, number, seed, size):
+        drawn.append(number)
+        time.sleep(0.02)
+        if number == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(PHANTOMS, "acdc", Release(draw))
+    with pytest.raises(KeyboardInterrupt):
+        write_phantoms("acdc", tmp_path / "root", 200, seed=0, workers=2)
+    assert len(drawn) < 100 and not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_other_content_is_never_touched(tmp_path):

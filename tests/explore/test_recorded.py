@@ -196,6 +196,32 @@ def test_a_wrong_call_is_one_line(patched, capsys):
     assert "does not embed slices" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--output", "a file/x.npz", "output"),
+        ("--output", "folder.npz", "output must be a .npz file"),
+        ("--output-dir", "a file/runs", "output_dir"),
+        ("--ratio", "nan", "ratio must be above 0 and at most 1, got nan"),
+        ("--seed", "-1", "seed must be 0 or more, got -1"),
+        ("--device", "tpu", "device must be auto, cpu, cuda or mps"),
+    ],
+)
+def test_what_a_recording_cannot_have_is_refused_before_any_scan_is_drawn(
+    tmp_path, monkeypatch, capsys, option, value, message
+):
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("phantoms are drawn")
+
+    monkeypatch.setattr("medlib.data.write_phantoms", never)
+    (tmp_path / "a file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    given = {"--output": str(tmp_path / "x.npz"), "--output-dir": str(tmp_path / "runs")}
+    given[option] = str(tmp_path / value) if "output" in option else value
+    assert main(["record", "--scale", "ci", *(word for pair in given.items() for word in pair)]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_recording_of_this_repository_opens():
     if not module.RECORDED.exists():
         pytest.skip("nothing is recorded yet: python -m medlib record")

@@ -103,6 +103,7 @@ def test_a_scale_changes_sizes_and_lengths_and_keeps_the_share_of_the_delay():
         (dict(cross_weight=-1.0), "cross_weight must be at least 0"),
         (dict(contrast_weight=math.nan), "contrast_weight must be"),
         (dict(delay=-1), "delay must be a whole number from 0, got -1"),
+        (dict(delay=6, steps=6), "delay=6 of steps=6: the contrast would never begin"),
         (dict(contrast="supcon"), "contrast must be one of density, plain, .* got 'supcon'"),
         (dict(granularity="image"), "granularity must be one of"),
         (dict(granularity="prototype", contrast="plain"), "granularity='prototype' is for contrast='density'"),
@@ -620,7 +621,7 @@ def test_variation_compares_the_maps_of_both_networks_each_at_its_own_classes():
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_bank_takes_features_and_densities_of_both_networks_after_the_step(shared):
     # Labels alone count, which know no class 1; the bank fills during the delay too.
-    work = begin("dacl", shared_bank=shared, delay=100, threshold=1.0)
+    work = begin("dacl", shared_bank=shared, delay=100, steps=101, threshold=1.0)
     step(work)
     before = [work.bank(n)["feature"].clone() for n in range(2)]
     seen = []

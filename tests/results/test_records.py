@@ -121,6 +121,7 @@ def broken(change):
         ),
         (lambda v: v["val"]["cases"][0]["classes"]["LV"].update(dice="1"), r"'val': 'cases\[0\].classes.LV.dice'.*'1'"),
         (lambda v: v.update(test=None), r"missing\['test'\]"),
+        (lambda v: v.update(val={}), r"'val': 'cases' is missing"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name_and_key(tmp_path, change, message):

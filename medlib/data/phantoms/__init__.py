@@ -108,8 +108,13 @@ def write_phantoms(
     with tempfile.TemporaryDirectory(prefix=f".{root.name}.drawing.", dir=root.parent) as scratch:
         fresh = Path(scratch) / "new"
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            for future in [pool.submit(release.write, fresh, k + 1, seed, **options) for k in range(patients)]:
-                future.result()
+            drawn = [pool.submit(release.write, fresh, k + 1, seed, **options) for k in range(patients)]
+            try:
+                for patient in drawn:
+                    patient.result()
+            except BaseException:  # Ctrl-C, a full disk: the others would be drawn for nothing
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
         if release.finish is not None:
             release.finish(fresh)
         (fresh / STAMP).write_text(json.dumps({**recipe, "files": _sizes(fresh)}, indent=1) + "\n")
