@@ -843,6 +843,8 @@ def test_the_optimiser_is_that_of_the_settings():
     assert type(begin("finetune", optimizer="adamw").optimizer) is torch.optim.AdamW
     with pytest.raises(ValueError, match="nesterov is of optimizer='sgd', got 'adamw'"):
         build("mona", nesterov=True, optimizer="adamw")
+    with pytest.raises(ValueError, match="nesterov needs a momentum above 0"):
+        build("mona", variant="released", momentum=0)
     rates = []
     work = begin("pretrain", pretrain_steps=4, steps=9)
     for _ in range(4):
