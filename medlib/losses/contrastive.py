@@ -14,7 +14,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import ParamSpec
 
 import torch
@@ -28,6 +28,10 @@ of a subtraction decides who is a positive."""
 
 SHORTEST = 1e-12
 """A vector with no entry above this has no direction: its cosine with anything is 0, and it gets no gradient."""
+
+COLDEST = 1e-6
+"""The lowest temperature. Already here a cosine / temperature in float32 moves in steps of 0.06; far below, from about
+3e-39 on, it overflows."""
 
 P = ParamSpec("P")
 
@@ -72,9 +76,25 @@ def check_shapes(**expected: tuple[Tensor, str]) -> None:
 
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:
-    """Raise ``ValueError`` unless the temperature is a positive, finite number."""
-    if not isinstance(temperature, Real | Tensor) or not 0 < temperature < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {temperature!r}")
+    """Raise ``ValueError`` unless the temperature is a finite number from `COLDEST` up."""
+    if not isinstance(temperature, Real | Tensor) or not COLDEST <= temperature < math.inf:
+        raise ValueError(f"{name} must be at least {COLDEST} and finite, got {temperature!r}")
+
+
+def check_mask(**masks: Tensor) -> None:
+    """Raise ``ValueError`` unless every mask is bool."""
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:
+            raise ValueError(f"{name} must be bool, got {mask.dtype}: compare with a threshold first")
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ``ValueError`` unless every count is a whole number from 1 up."""
+    for name, count in counts.items():
+        if not isinstance(count, Integral):
+            raise ValueError(f"{name} must be a whole number, got {count!r}")
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:

@@ -31,13 +31,21 @@ Each loss stands here twice: as the equation, slow and literal (``..._by_definit
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from medlib.losses.contrastive import check_shapes, check_temperature, full_precision, unit_vectors
+from medlib.losses.contrastive import (
+    check_counts,
+    check_mask,
+    check_shapes,
+    check_temperature,
+    full_precision,
+    unit_vectors,
+)
 
 BLOCK = 2**21
 """Similarities that `feature_density` holds at a time: 8 MB in float32, which a processor's cache can keep."""
@@ -109,13 +117,19 @@ def class_prototypes(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """The mean feature of each class in each image, and whether the class is there.
 
     ``features`` (B, D, H, W), or (B, D, Z, H, W) for volumes; ``masks`` (B, N, ...) bool with the same space: the
-    pixels that count for class n, T_n = 1(M_n > phi) in the paper (phi is not given; 0.5 keeps the classes apart).
-    Returns prototypes (B, N, D), 0 where the class is absent, and present (B, N) bool. Source: DACL eq. 2.
+    pixels that count for class n, T_n = 1(M_n > phi) in the paper (phi is not given; 0.5 keeps the classes apart). A
+    pixel in no mask may hold anything. Returns prototypes (B, N, D), 0 where the class is absent, and present (B, N)
+    bool. Source: DACL eq. 2.
     """
     space = "ZHW" if features.ndim == 5 else "HW"
     check_shapes(features=(features, "BD" + space), masks=(masks, "BN" + space))
-    _check_mask(masks=masks)
-    return _masked_means(features, masks), masks.flatten(2).any(dim=2)
+    check_mask(masks=masks)
+    return _masked_means(_inside(features, masks), masks), masks.flatten(2).any(dim=2)
+
+
+def _inside(features: Tensor, masks: Tensor) -> Tensor:
+    """``features`` (B, D, ...), 0 at the pixels that lie in none of the ``masks`` (B, N, ...)."""
+    return torch.where(masks.any(dim=1, keepdim=True), features, 0)
 
 
 @full_precision
@@ -132,9 +146,9 @@ def feature_density(
     """How dense the pool is around each feature: mean cosine of its k nearest, averaged over the scales k. In [-1, 1].
 
     ``features`` (M, D) and ``pool`` (P, D) of one class, or (C, M, D) and (C, P, D) of all; ``valid`` (P,) or (C, P)
-    bool: the rows of the pool that are there, by default all. A scale larger than the pool takes the whole pool;
-    against an empty one the density is 0. A feature that lies in the pool is its own nearest neighbour. Returns (M,) or
-    (C, M).
+    bool: the rows of the pool that are there, by default all; the others may hold anything. A scale larger than the
+    pool takes the whole pool; against an empty one the density is 0. A feature that lies in the pool is its own nearest
+    neighbour. Returns (M,) or (C, M).
 
     One search at the largest scale serves all: with the neighbours in order, the mean at each scale is a running mean,
     read there. Rows go in blocks (`BLOCK`), so the M x P table is never there at once.
@@ -143,22 +157,22 @@ def feature_density(
     one = features.ndim != 3
     classes = "" if one else "C"
     check_shapes(features=(features, classes + "MD"), pool=(pool, classes + "PD"))
-    neighbors = list(neighbors)
-    if not neighbors or any(k < 1 for k in neighbors):
-        raise ValueError(f"neighbors must be one or more numbers from 1 up, got {neighbors}")
+    scales = list(neighbors) if isinstance(neighbors, Iterable) else []
+    if not scales or any(not isinstance(k, Integral) or k < 1 for k in scales):
+        raise ValueError(f"neighbors must be one or more whole numbers from 1 up, got {neighbors!r}")
     valid = _mask(valid, pool)
     if one:
         features, pool, valid = features[None], pool[None], valid[None]
 
     features = _units(features)
-    by_column = _units(pool).transpose(1, 2).contiguous()  # (C, D, P)
+    by_column = _units(torch.where(valid[..., None], pool, 0)).transpose(1, 2).contiguous()  # (C, D, P)
     there = valid.sum(dim=1)  # (C,): rows of each pool
     absent = ~valid[:, None]  # (C, 1, P)
     rows = max(1, BLOCK // max(1, absent.numel()))
     density = []
     for block in features.split(rows, dim=1):
         similarity = (block @ by_column).masked_fill_(absent, -math.inf)  # (C, rows, P)
-        density.append(_multi_scale_mean(_largest(similarity, max(neighbors)), there, neighbors))
+        density.append(_multi_scale_mean(_largest(similarity, max(scales)), there, scales))
     together = torch.cat(density, dim=1)
     return together[0] if one else together
 
@@ -235,7 +249,8 @@ def soft_density_guided_loss(
     """Each anchor names the centre of its class among that centre and the negatives; w_i says how much that counts.
 
     One class: ``anchors`` (Q, D), ``center`` (D,), ``negatives`` (K, D), ``weights`` (Q,), 0 or more. All classes: each
-    with a C in front, and the masks ``valid`` (C, Q) and ``negative_valid`` (C, K). Cosine. With s = cos / temperature,
+    with a C in front, and the masks ``valid`` (C, Q) and ``negative_valid`` (C, K); what they leave out may hold
+    anything, and so may the centre of a class that is left out. Cosine. With s = cos / temperature,
 
         term(i) = w_i (log(exp s_i,center + sum_k exp s_ik) - s_i,center)
 
@@ -257,12 +272,16 @@ def soft_density_guided_loss(
     check_temperature(temperature)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    valid, negative_valid = _mask(valid, anchors), _mask(negative_valid, negatives)
+    if not weights.is_floating_point():
+        raise ValueError(f"weights must be floating point, got {weights.dtype}")
+    valid, negative_valid = _mask(valid, anchors), _mask(negative_valid, negatives, "negative_valid")
     if one:
         anchors, center, negatives, weights = anchors[None], center[None], negatives[None], weights[None]
         valid, negative_valid = valid[None], negative_valid[None]
     valid = valid & negative_valid.any(dim=1, keepdim=True)  # without a negative there is nothing to compare
 
+    anchors, negatives = torch.where(valid[..., None], anchors, 0), torch.where(negative_valid[..., None], negatives, 0)
+    center = torch.where(valid.any(dim=1, keepdim=True), center, 0)
     anchors, center, negatives = _units(anchors), unit_vectors(center), _units(negatives)
     to_center = (anchors * center[:, None]).sum(dim=2, keepdim=True) / temperature  # (C, Q, 1)
     to_negatives = anchors @ negatives.transpose(1, 2) / temperature  # (C, Q, K)
@@ -306,7 +325,9 @@ def sample_per_class(labels: Tensor, classes: int, count: int, generator: torch.
     replacement; a class with fewer rows gives all it has. ``generator`` lives on the device of the labels.
     """
     check_shapes(labels=(labels, "M"))
-    _check_counts(classes=classes, count=count)
+    check_counts(classes=classes, count=count)
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be of an integer type, got {labels.dtype}")
     labels = torch.where((labels >= 0) & (labels < classes), labels, classes).long()
     shuffled = torch.rand(len(labels), generator=generator, device=labels.device).argsort()
     by_class = shuffled[labels[shuffled].argsort(stable=True)]  # (M,): class after class, at random within each
@@ -323,13 +344,15 @@ def sample_per_class(labels: Tensor, classes: int, count: int, generator: torch.
 def sparsest(density: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` rows of lowest density: index (..., Q) int64, Q = min(count, M), and chosen, alike, bool.
 
-    ``density`` and ``valid`` (..., M). Where fewer rows are valid, all are chosen. The anchors M^n. Source: DACL eq. 6.
+    ``density`` and ``valid`` (..., M). Where fewer rows are valid, all are chosen; a density of NaN ranks last among
+    them. The anchors M^n. Source: DACL eq. 6.
     """
-    _check_counts(count=count)
-    _check_mask(valid=valid)
+    check_counts(count=count)
+    check_mask(valid=valid)
     if density.shape != valid.shape:
         raise ValueError(f"expected density and valid of one shape; got {tuple(density.shape)}, {tuple(valid.shape)}")
-    ranked = density.detach().masked_fill(~valid, math.inf)
+    highest = torch.finfo(density.dtype).max
+    ranked = density.detach().nan_to_num(nan=highest, posinf=highest, neginf=-math.inf).masked_fill(~valid, math.inf)
     index = ranked.topk(min(count, density.shape[-1]), dim=-1, largest=False).indices
     return index, valid.gather(-1, index)
 
@@ -352,7 +375,7 @@ def dense_center(keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     weigh more: pass unit vectors, as the density is measured on. Source: DACL eq. 8.
     """
     check_shapes(keys=(keys, "CKD"), valid=(valid, "CK"))
-    _check_mask(valid=valid)
+    check_mask(valid=valid)
     keys = keys.detach().masked_fill(~valid[:, :, None], 0)
     return _masked_means(keys.transpose(1, 2), valid[:, None])[:, 0], valid.any(dim=1)
 
@@ -364,8 +387,8 @@ def other_class_rows(features: Tensor, valid: Tensor, count: int, generator: tor
     without replacement; where fewer are there, all. K = min(count, (C - 1) Q). Source: DACL, 'Negative Key Sampling'.
     """
     check_shapes(features=(features, "CQD"), valid=(valid, "CQ"))
-    _check_counts(count=count)
-    _check_mask(valid=valid)
+    check_counts(count=count)
+    check_mask(valid=valid)
     classes, rows, _ = features.shape
     draw = torch.rand(
         classes, classes, rows, generator=generator, device=features.device
@@ -413,14 +436,17 @@ def class_mean_contrastive_loss(
 
     ``features`` (M, D), cosine; ``labels`` (M,) int, labels or pseudo-labels, -1 for nobody's; ``means`` (N, D);
     ``present`` (N,) bool: the classes that have a mean, by default all. Mean over the pixels of a class, then over
-    the present classes that have pixels. With fewer than two means there is nothing to compare.
+    the present classes that have pixels. What the other pixels and means hold does not matter. With fewer than two
+    means there is nothing to compare.
     Source: Chaitanya et al. 2023 (arXiv 2112.09645).
     """
     check_shapes(features=(features, "MD"), labels=(labels, "M"), means=(means, "ND"))
     check_temperature(temperature)
     present = _mask(present, means, "present")
-    similarity = unit_vectors(features) @ unit_vectors(means).T / temperature  # (M, N)
     mine = (labels[:, None] == torch.arange(len(means), device=labels.device)) & present  # (M, N)
+    features = torch.where(mine.any(dim=1, keepdim=True), features, 0)
+    means = torch.where(present[:, None], means, 0)
+    similarity = unit_vectors(features) @ unit_vectors(means).T / temperature  # (M, N)
     everyone = similarity.masked_fill(~present, -math.inf).logsumexp(dim=1, keepdim=True)
     return _mean_of_classes((everyone - similarity).masked_fill(~mine, 0).T, mine.T)
 
@@ -446,13 +472,15 @@ def intra_class_variation_loss(first: Tensor, second: Tensor, masks: Tensor) -> 
     ``first`` (B, D, ...) learns from ``second`` (B, E, ...), which is detached: E may differ from D; ``masks``
     (B, N, ...) bool, the pixels of each class, with H, W or Z, H, W behind. Prototypes are those of each image
     (`class_prototypes`), the distance is the cosine, and the loss the mean squared difference over the pixels of all
-    masks. In [0, 4]. Source: Wang et al. 2020, 'Intra-class feature variation distillation', ECCV.
+    masks; a pixel in none may hold anything. In [0, 4].
+    Source: Wang et al. 2020, 'Intra-class feature variation distillation', ECCV.
     """
     space = "ZHW" if first.ndim == 5 else "HW"
     check_shapes(first=(first, "BD" + space), second=(second, "BE" + space), masks=(masks, "BN" + space))
-    _check_mask(masks=masks)
+    check_mask(masks=masks)
 
     def variation(features: Tensor) -> Tensor:
+        features = _inside(features, masks)
         prototypes = _units(_masked_means(features, masks))  # (B, N, D)
         return prototypes @ _units(features.flatten(2).transpose(1, 2)).transpose(1, 2)  # (B, N, S)
 
@@ -479,19 +507,7 @@ def _mask(valid: Tensor | None, rows: Tensor, name: str = "valid") -> Tensor:
     """``valid`` for ``rows`` (..., D), checked; all of them by default."""
     if valid is None:
         return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
-    _check_mask(**{name: valid})
+    check_mask(**{name: valid})
     if valid.shape != rows.shape[:-1]:
         raise ValueError(f"{name} must have the shape {tuple(rows.shape[:-1])} of its rows, got {tuple(valid.shape)}")
     return valid
-
-
-def _check_mask(**masks: Tensor) -> None:
-    for name, mask in masks.items():
-        if mask.dtype != torch.bool:
-            raise ValueError(f"{name} must be bool, got {mask.dtype}: compare with a threshold first")
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")

@@ -25,7 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medlib.losses.contrastive import SHORTEST, check_shapes, check_temperature, full_precision, unit_vectors
+from medlib.losses.contrastive import (
+    SHORTEST,
+    check_counts,
+    check_mask,
+    check_shapes,
+    check_temperature,
+    full_precision,
+    unit_vectors,
+)
 
 # --- the equations as they are written -------------------------------------------------------------------------------
 
@@ -125,8 +133,9 @@ def instance_discrimination_loss(
 
     ``student`` (B, D), the student's predictions u; ``teacher`` (B, D), the teacher's embeddings v' of the other views;
     ``mined`` (K, D), the teacher's embeddings w of other images; cosine. ``valid`` (K,) bool leaves slots of a bank out
-    that nothing was pushed to. With fewer than two mined views there is nothing to compare. Only the student gets a
-    gradient. The paper writes the arguments of KL the other way round; the sharper teacher is the target, as in ISD.
+    that nothing was pushed to, whatever they hold. With fewer than two mined views there is nothing to compare. Only
+    the student gets a gradient. The paper writes the arguments of KL the other way round; the sharper teacher is the
+    target, as in ISD.
 
     ``teacher_gradient=True`` (the released code) leaves the target attached, so that the teacher's head is pulled
     towards the student. Source: MONA eq. 1-2, after ISD (arXiv 2012.09259).
@@ -134,6 +143,7 @@ def instance_discrimination_loss(
     check_shapes(student=(student, "BD"), teacher=(teacher, "BD"), mined=(mined, "KD"))
     if valid is not None:
         check_shapes(mined=(mined, "KD"), valid=(valid, "K"))
+        check_mask(valid=valid)
     check_temperature(student_temperature, "student_temperature")
     check_temperature(teacher_temperature, "teacher_temperature")
     target = teacher if teacher_gradient else teacher.detach()
@@ -166,6 +176,7 @@ def local_instance_discrimination_loss(
     check_shapes(student=(student, "PBD"), teacher=(teacher, "PBD"), mined=(mined, "PKD"))
     if valid is not None:
         check_shapes(mined=(mined, "PKD"), valid=(valid, "K"))
+        check_mask(valid=valid)
     check_temperature(student_temperature, "student_temperature")
     check_temperature(teacher_temperature, "teacher_temperature")
     target, mined = teacher if teacher_gradient else teacher.detach(), mined.detach()
@@ -186,6 +197,8 @@ def _relation_divergence(
     valid: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Mean KL(target || student) of (P, B, D) rows by their relations to (P, K, D)."""
+    if valid is not None:
+        mined = torch.where(valid[:, None], mined, 0)
     mined = _unit(mined).transpose(1, 2)  # (P, D, K)
 
     def log_relation(rows: Tensor, temperature: float) -> Tensor:
@@ -250,6 +263,7 @@ def class_relation_distribution(prototypes: Tensor, valid: Tensor | None = None)
     check_shapes(prototypes=(prototypes, "CD"))
     if valid is not None:
         check_shapes(prototypes=(prototypes, "CD"), valid=(valid, "C"))
+        check_mask(valid=valid)
     if prototypes.numel() == 0:
         return prototypes @ prototypes.T
     others = ~torch.eye(len(prototypes), dtype=torch.bool, device=prototypes.device)  # (C, C)
@@ -285,6 +299,7 @@ def anatomical_contrastive_loss(
     check_temperature(temperature)
     if valid is not None:
         check_shapes(queries=(queries, "CQD"), valid=(valid, "C"))
+        check_mask(valid=valid)
         queries, negatives = (torch.where(valid[:, None, None], x, 0) for x in (queries, negatives))
         positives = torch.where(valid[:, None], positives, 0)
     unit = _unit(queries)
@@ -312,8 +327,8 @@ def equivariance_loss(
     """The warped prediction and the prediction of the warped image: KL both ways, summed, in nats, mean over pixels.
 
     ``first_logits`` and ``second_logits`` (B, C, H, W); ``mask`` (B, H, W), bool or weights >= 0, keeps the pixels
-    whose source lies in the image: a warp fills the rest with zeros, which are a prediction of nothing. Gradient flows
-    to both.
+    whose source lies in the image: a warp fills the rest with zeros, which are a prediction of nothing. What the logits
+    hold there does not matter. Gradient flows to both.
 
     The released code: ``one_way=True``, KL(first || second) alone with the first detached, and ``per_image=True``, the
     mean over images of each image's mean (an image without a pixel in the mask counts as 0). Source: MONA eq. 6.
@@ -321,16 +336,18 @@ def equivariance_loss(
     check_shapes(first_logits=(first_logits, "BCHW"), second_logits=(second_logits, "BCHW"))
     if mask is None:
         mask = torch.ones_like(first_logits[:, :1]).squeeze(1)
-    check_shapes(first_logits=(first_logits, "BCHW"), mask=(mask, "BHW"))
+    else:
+        check_shapes(first_logits=(first_logits, "BCHW"), mask=(mask, "BHW"))
+        first_logits, second_logits = (torch.where(mask[:, None] == 0, 0, x) for x in (first_logits, second_logits))
     if first_logits.numel() == 0:
         return (first_logits * 0).sum() + (second_logits * 0).sum()
     first_log = _log_softmax(first_logits.detach() if one_way else first_logits)
     second_log = _log_softmax(second_logits)
     weight = first_log.exp() if one_way else first_log.exp() - second_log.exp()  # p, or p - q: both directions at once
-    divergence = (weight * (first_log - second_log)).sum(dim=1)  # (B, H, W)
+    divergence = (weight * (first_log - second_log)).sum(dim=1)  # (B, H, W), 0 where masked
 
     mask = mask.to(divergence.dtype)
-    total = (divergence.masked_fill(mask == 0, 0) * mask).flatten(1).sum(dim=1)  # (B,)
+    total = (divergence * mask).flatten(1).sum(dim=1)  # (B,)
     pixels = mask.flatten(1).sum(dim=1)
     if not per_image:
         total, pixels = total.sum(), pixels.sum()
@@ -356,8 +373,9 @@ def nearest_neighbor_loss(
     """The student should be near the neighbours of the teacher: mean over the B images and k entries of -cos.
 
     ``student`` (B, D); ``teacher`` (B, D), which picks its k nearest entries of the ``bank`` (M, D), by cosine; a bank
-    with fewer than k entries is used whole. ``valid`` (M,) bool leaves slots out that nothing was pushed to. In
-    [-1, 1]. Only the student gets a gradient.
+    with fewer than k entries is used whole. ``valid`` (M,) bool leaves slots out that nothing was pushed to, whatever
+    they hold. In [-1, 1]. Only the student gets a gradient. NaN in a row that picks is as little hidden as in one that
+    is measured.
 
     ``swapped_roles=True`` (the released code): the student picks and the teacher is measured, so the value moves and
     nobody gets a gradient (the released value is twice ours plus 2). Source: MONA section III-B, "Diversity"; after
@@ -367,14 +385,15 @@ def nearest_neighbor_loss(
     if valid is None:
         valid = torch.ones(len(bank), dtype=torch.bool, device=bank.device)
     check_shapes(bank=(bank, "MD"), valid=(valid, "M"))
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    entries = _unit(bank.detach()).T  # (D, M)
+    check_mask(valid=valid)
+    check_counts(k=k)
+    entries = _unit(torch.where(valid[:, None], bank.detach(), 0)).T  # (D, M)
     to_student, to_teacher = _unit(student) @ entries, _unit(teacher.detach()) @ entries  # (B, M)
     picks, measured = (to_student.detach(), to_teacher) if swapped_roles else (to_teacher, to_student)
-    nearest = picks.masked_fill(~valid, -math.inf).topk(min(k, len(bank)), dim=1).indices  # (B, k)
+    picked, nearest = picks.masked_fill(~valid, -math.inf).topk(min(k, len(bank)), dim=1)  # (B, k)
+    cosine = measured.gather(1, nearest) * torch.where(picked.isnan(), math.nan, 1)
     kept = valid[nearest]
-    distance = -measured.gather(1, nearest).masked_fill(~kept, 0).sum() / kept.sum().clamp(min=1)
+    distance = -cosine.masked_fill(~kept, 0).sum() / kept.sum().clamp(min=1)
     return distance + (student * 0).sum() if swapped_roles else distance
 
 
@@ -400,6 +419,8 @@ def sample_pixels(masks: Tensor, count: int, generator: torch.Generator) -> tupl
     An empty mask is not valid, and its indices (all 0) mean nothing.
     """
     check_shapes(masks=(masks, "CN"))
+    check_mask(masks=masks)
+    check_counts(count=count)
     classes = torch.arange(len(masks), device=masks.device)[:, None].expand(-1, count)
     return _sample_of_class(masks, classes, generator)
 
@@ -419,6 +440,7 @@ def sample_queries(
     with replacement. A class without a pixel of a wanted kind is not valid. The paper gives no share; the default draws
     hard pixels only, as in ReCo and the authors' earlier code. Source: MONA eq. 5 and section IV-B (256 queries).
     """
+    check_counts(count=count)
     if not 0 <= hard_share <= 1:
         raise ValueError(f"hard_share must lie in [0, 1], got {hard_share}")
     hard_count = round(hard_share * count)
@@ -436,9 +458,11 @@ def sample_negative_classes(distribution: Tensor, count: int, generator: torch.G
     """For each class c, ``count`` classes drawn from row c of the ``distribution`` (C, C) -> (C, count) int64.
 
     `class_relation_distribution` makes the rows. A class of probability 0 is never drawn; the draws of a row of zeros
-    mean nothing. For negatives from a bank: these are the classes to take them from. Source: MONA below eq. 4.
+    or with NaN are classes, and mean nothing. For negatives from a bank: these are the classes to take them from.
+    Source: MONA below eq. 4.
     """
     check_shapes(distribution=(distribution, "CC"))
+    check_counts(count=count)
     cumulative = distribution.detach().float().cumsum(dim=1)
     total = cumulative[:, -1:]
     draw = torch.rand(len(distribution), count, generator=generator, device=distribution.device) * total
@@ -454,13 +478,15 @@ def sample_negatives(
     The class of each is drawn from the class's row of the ``distribution`` (C, C), then a pixel uniformly from those of
     ``labels`` (B, H, W) that have this class; with replacement. Where the distribution holds a class that has no pixel,
     hand `class_relation_distribution` which classes are there. A class is valid when its row is not zero and all
-    classes in it have pixels. Source: MONA eq. 3-4 and section IV-B (512 keys).
+    classes in it have pixels; with NaN in its row, too: the prototypes were NaN, and the loss should say so.
+    Source: MONA eq. 3-4 and section IV-B (512 keys).
     """
     check_shapes(labels=(labels, "BHW"), distribution=(distribution, "CC"))
+    check_counts(count=count)
     members = _class_masks(labels, len(distribution))
     index, present = _sample_of_class(members, sample_negative_classes(distribution, count, generator), generator)
     possible = distribution > 0  # (C, C)
-    return index, possible.any(dim=1) & (present | ~possible).all(dim=1)
+    return index, possible.any(dim=1) & (present | ~possible).all(dim=1) | distribution.isnan().any(dim=1)
 
 
 def _class_masks(labels: Tensor, classes: int) -> Tensor:
@@ -506,6 +532,7 @@ def released_contrast_masks(
     """
     check_shapes(labels=(labels, "BHW"), probabilities=(probabilities, "BCHW"))
     check_shapes(labels=(labels, "BHW"), entropy=(entropy, "BHW"), labelled=(labelled, "B"))
+    check_mask(labelled=labelled)
     if not 0 <= percent <= 100:
         raise ValueError(f"percent must lie in [0, 100], got {percent}")
     entropy = entropy.to(torch.promote_types(entropy.dtype, torch.float32))  # nanquantile takes no half

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 from medlib.augment import StrongAugmentation
 from medlib.banks import FeatureBank
 from medlib.data.batches import TrainingData
-from medlib.losses.contrastive import check_shapes, check_temperature, full_precision, nt_xent_loss, unit_vectors
+from medlib.losses.contrastive import (
+    check_counts,
+    check_mask,
+    check_shapes,
+    check_temperature,
+    full_precision,
+    nt_xent_loss,
+    unit_vectors,
+)
 from medlib.losses.mona import instance_discrimination_loss, local_instance_discrimination_loss, local_windows
 from medlib.methods.base import Streams, Work
 from medlib.methods.cotraining import (
@@ -52,14 +60,20 @@ def queue_contrastive_loss(
 ) -> Tensor:
     """MoCo: each query (B, D) names its positive (B, D) among it and the entries of a queue (K, D); cosine.
 
-    ``valid`` (K,) bool leaves slots out that nothing was pushed to. With ``neighbors`` the entries that are nearest to
-    the positive are positives, too: `NEIGHBOR_WEIGHT` times the mean of their cross-entropies is added (kNN-MoCo). Only
-    the query gets a gradient. Mean over the queries.
+    ``valid`` (K,) bool leaves slots out that nothing was pushed to, whatever they hold. With ``neighbors`` the entries
+    that are nearest to the positive are positives, too: `NEIGHBOR_WEIGHT` times the mean of their cross-entropies is
+    added (kNN-MoCo). Only the query gets a gradient. Mean over the queries.
     """
     check_shapes(query=(query, "BD"), positive=(positive, "BD"), queue=(queue, "KD"))
     check_shapes(queue=(queue, "KD"), valid=(valid, "K"))
+    check_mask(valid=valid)
     check_temperature(temperature)
-    query, positive, queue = unit_vectors(query), unit_vectors(positive.detach()), unit_vectors(queue.detach())
+    if neighbors:
+        check_counts(neighbors=neighbors)
+    if len(query) == 0:
+        return (query * 0).sum()
+    queue = unit_vectors(torch.where(valid[:, None], queue.detach(), 0))
+    query, positive = unit_vectors(query), unit_vectors(positive.detach())
     similarity = torch.cat([(query * positive).sum(dim=1, keepdim=True), query @ queue.T], dim=1) / temperature
     lowest = torch.finfo(similarity.dtype).min / 4
     candidates = torch.cat([torch.ones_like(valid[:1]), valid])
@@ -78,6 +92,8 @@ def queue_contrastive_loss(
 def prediction_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """BYOL: 2 - 2 cos between a prediction (B, D) and the teacher's embedding (B, D), detached; mean over B."""
     check_shapes(prediction=(prediction, "BD"), target=(target, "BD"))
+    if len(prediction) == 0:
+        return (prediction * 0).sum()
     return 2 - 2 * (unit_vectors(prediction) * unit_vectors(target.detach())).sum(dim=1).mean()
 
 

@@ -187,6 +187,8 @@ class Mona(TwoBranches):
             raise ValueError("framework='none' with finetuning=False trains nothing")
         if self.nesterov and self.optimizer != "sgd":
             raise ValueError(f"nesterov is of optimizer='sgd', got {self.optimizer!r}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
         if self.released_contrast and not self.class_bank:
             raise ValueError("released_contrast takes its negatives from a class_bank: give it entries")
 
@@ -379,7 +381,7 @@ class _Finetuning(TwoBranchWork):
             else:
                 index, _ = sample_negatives(labels, relation, stream, method.keys)
                 keys = head(sample_features(key_maps, index, size))
-        valid = valid & (relation > 0).any(dim=1)
+        valid = valid & ~(relation <= 0).all(dim=1)  # NaN is no reason to leave a class out
         rows = self.networks["representation"](sample_features(maps, queries, size))  # (C, Q, D)
         return anatomical_contrastive_loss(rows, positives, keys, method.contrast_temperature, valid)
 

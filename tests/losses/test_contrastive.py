@@ -8,6 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medlib.losses.contrastive import (
+    COLDEST,
+    check_counts,
+    check_mask,
+    check_temperature,
     info_nce_loss,
     nt_xent_loss,
     partition_contrastive_loss,
@@ -373,6 +377,32 @@ def test_autocast_changes_nothing(loss):
 def test_temperature_must_be_positive(loss, temperature):
     with pytest.raises(ValueError, match=f"temperature.*{temperature}"):
         loss(at_angles(0, 10, 20, 30, 40, 50), temperature)
+
+
+@every_loss
+def test_the_coldest_temperature_leaves_room_and_colder_is_refused(loss):
+    features = at_angles(0, 10, 20, 30, 40, 50).float().requires_grad_()
+    value = loss(features, COLDEST)
+    value.backward()
+    assert value.isfinite()
+    assert features.grad.isfinite().all()
+    for colder in (COLDEST / 2, 1e-42, 5e-324):
+        with pytest.raises(ValueError, match=f"temperature must be at least 1e-06 and finite, got {colder}"):
+            loss(features, colder)
+
+
+def test_checks_name_the_argument():
+    check_temperature(COLDEST)
+    check_counts(count=1)
+    check_mask(valid=torch.ones(2).bool())
+    with pytest.raises(ValueError, match="student_temperature must be at least 1e-06 and finite, got 1e-07"):
+        check_temperature(1e-7, "student_temperature")
+    for count, message in ((0, "at least 1, got 0"), (-2, "at least 1, got -2"), (2.0, "a whole number, got 2.0")):
+        with pytest.raises(ValueError, match=f"count must be {message}"):
+            check_counts(count=count)
+    for mask in (torch.ones(2), torch.ones(2).int(), torch.ones(2, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=f"valid must be bool, got {mask.dtype}"):
+            check_mask(valid=mask)
 
 
 def test_wrong_shapes_are_named():

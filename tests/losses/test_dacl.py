@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medlib.losses import dacl
-from medlib.losses.contrastive import info_nce_loss
+from medlib.losses.contrastive import COLDEST, info_nce_loss
 from medlib.losses.dacl import (
     claim_1,
     class_mean_contrastive_loss,
@@ -555,6 +555,19 @@ def test_sparsest_and_densest_golden():
     assert sparsest(density[:, :0], valid[:, :0], 3)[0].shape == (2, 0)
 
 
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("choose", [sparsest, densest])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_row_that_is_there_ranks_before_one_that_is_not(odd, choose, dtype):
+    density = torch.tensor([[9.0, 0.5, odd, -9.0, 0.1]], dtype=dtype)
+    valid = torch.tensor([[False, True, True, False, True]])
+    index, chosen = choose(density, valid, 3)
+    assert chosen.all()
+    assert sorted(index[0].tolist()) == [1, 2, 4]
+    first = (odd == -math.inf) if choose is sparsest else (odd == math.inf)
+    assert index[0].tolist().index(2) == (0 if first else 2)  # NaN is the last choice
+
+
 def test_dense_center_golden():
     keys = torch.tensor([[[1.0, 0.0], [3.0, 2.0], [9.0, 9.0]], [[1.0, 1.0]] * 3])
     center, present = dense_center(keys, torch.tensor([[True, True, False], [False] * 3]))
@@ -702,6 +715,17 @@ def test_loss_finite_at_extreme_settings(temperature, include_positive, weight, 
     assert negatives.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("include_positive", [True, False])
+def test_finite_at_the_coldest_temperature(include_positive):
+    anchors, negatives = (x.float().requires_grad_() for x in draw(0, (6, 4), (9, 4)))
+    loss = guided(anchors, negatives[0], negatives, temperature=COLDEST, include_positive=include_positive)
+    loss = loss + class_mean_contrastive_loss(anchors, LABELS, negatives[:3], COLDEST)
+    loss.backward()
+    assert loss.isfinite()
+    assert anchors.grad.isfinite().all()
+    assert negatives.grad.isfinite().all()
+
+
 def test_cold_temperature_is_the_largest_miss():
     loss = guided(at_angles(0), at_angles(90)[0], at_angles(60, 180), temperature=1e-3)
     assert loss.item() == pytest.approx(500, rel=1e-9)
@@ -760,6 +784,52 @@ def test_an_absent_mean_is_no_candidate():
     )
 
 
+@pytest.mark.parametrize("anything", [math.nan, math.inf])
+def test_what_a_mask_leaves_out_may_hold_anything(anything):
+    anchors, negatives, centers, pool = draw(0, (3, 6, 4), (3, 5, 4), (3, 4), (3, 40, 4))
+    weights = torch.rand(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features, means = draw(1, (6, 4), (3, 4))
+    first, second = draw(2, (2, 3, 2, 4), (2, 5, 2, 4))
+    masks = draw_masks(0, 2, 2, 2, 4)
+    anywhere = masks.any(dim=1, keepdim=True)
+    there, other_there, in_pool = draw_masks(1, 3, 6), draw_masks(2, 3, 5), draw_masks(3, 3, 40)
+    there[0, 0] = other_there[0, 0] = there[1, 0] = True
+    there[2], other_there[1] = False, False  # class 2 has no anchor, class 1 no negative
+    compared = there & other_there.any(dim=1, keepdim=True)
+    present, labels = torch.tensor([True, False, True]), torch.tensor([0, 0, 1, 0, 2, -1])
+    pixels = ((labels == 0) | (labels == 2))[:, None]
+    both = {"valid": there, "negative_valid": other_there}
+    cases = [
+        (lambda a, c, n, w, chosen=chosen: soft_density_guided_loss(a, c, n, w, **chosen, **both),
+         (anchors, centers, negatives, weights),
+         (compared[:, :, None], compared.any(dim=1)[:, None], other_there[:, :, None], compared))
+        for chosen in ({}, {"include_positive": False}, {"weight_inside": True, "reduction": "sum"})
+    ]  # fmt: skip
+    cases += [
+        (lambda f, m: class_mean_contrastive_loss(f, labels, m, present=present), (features, means),
+         (pixels, present[:, None])),
+        (lambda f, p: feature_density(f, p, (1, 2, 3), in_pool).sum(), (anchors, pool), (True, in_pool[:, :, None])),
+        (lambda f: class_prototypes(f, masks)[0].sum(), (first,), (anywhere,)),
+        (lambda f, g: intra_class_variation_loss(f, g, masks), (first, second), (anywhere, anywhere)),
+    ]  # fmt: skip
+    for loss, given_, kept in cases:
+        clean = [x.clone().requires_grad_() for x in given_]
+        broken = [
+            torch.where(torch.as_tensor(k), x, anything).requires_grad_() for k, x in zip(kept, given_, strict=True)
+        ]
+        assert any(not x.isfinite().all() for x in broken)
+        expected, found = loss(*clean), loss(*broken)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        for one, other in zip(
+            torch.autograd.grad(found, broken, allow_unused=True),
+            torch.autograd.grad(expected, clean, allow_unused=True),
+            strict=True,
+        ):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @every_function
 def test_a_blank_row_gets_no_gradient_and_spoils_none(function):
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -811,7 +881,7 @@ def test_nan_is_never_hidden(place):
     assert feature_density(rows["anchors"], rows["negatives"]).isnan().any() == (place != "center")
 
 
-@pytest.mark.parametrize("temperature", [0, -0.5, math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0, -0.5, 1e-42, math.nan, math.inf])
 def test_temperature_must_be_positive(temperature):
     features = at_angles(0, 10, 20)
     with pytest.raises(ValueError, match=f"temperature.*{temperature}"):
@@ -852,8 +922,8 @@ def test_wrong_shapes_are_named():
 
 def test_wrong_settings_are_named():
     rows, image = torch.ones(4, 3), torch.ones(2, 3, 4, 5)
-    for neighbors in ((), (4, 0)):
-        with pytest.raises(ValueError, match="neighbors"):
+    for neighbors in ((), (4, 0), (4.0,), (4, "8"), 8.0):
+        with pytest.raises(ValueError, match="neighbors must be one or more whole numbers"):
             feature_density(rows, rows, neighbors)
     with pytest.raises(ValueError, match="scale.*'median'"):
         positiveness_weights(rows, rows[0], scale="median")
@@ -863,6 +933,14 @@ def test_wrong_settings_are_named():
         class_prototypes(image, image)
     with pytest.raises(ValueError, match="valid must be bool.*float32"):
         feature_density(rows, rows, valid=torch.ones(4))
+    with pytest.raises(ValueError, match="negative_valid must be bool.*int64"):
+        guided(rows, rows[0], rows, negative_valid=torch.ones(4).long())
+    with pytest.raises(ValueError, match="weights must be floating point, got torch.int64"):
+        guided(rows, rows[0], rows, torch.ones(4).long())
+    with pytest.raises(ValueError, match="labels must be of an integer type, got torch.float32"):
+        sample_per_class(torch.tensor([0.5, 1.0]), 3, 2, generator(0, "s"))
+    with pytest.raises(ValueError, match="count.*2.5"):
+        sample_per_class(LABELS, 3, 2.5, generator(0, "s"))
     with pytest.raises(ValueError, match="count.*0"):
         sample_per_class(LABELS, 3, 0, generator(0, "s"))
     with pytest.raises(ValueError, match="count.*0"):

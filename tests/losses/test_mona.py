@@ -11,6 +11,7 @@ from scipy.stats import chisquare
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from medlib.losses.contrastive import COLDEST
 from medlib.losses.mona import (
     anatomical_contrastive_loss,
     anatomical_contrastive_loss_by_definition,
@@ -35,6 +36,7 @@ from medlib.losses.mona import (
 )
 from tests.benchmarks.bench_coral import peak_megabytes
 from tests.benchmarks.bench_mona import batch, contrast_dense, contrast_sampled, draw, step
+from tests.methods import test_mona as method
 
 E1, E2 = [1.0, 0.0], [0.0, 1.0]
 
@@ -557,6 +559,49 @@ def test_an_absent_class_may_hold_anything():
     assert relation.isfinite().all()
 
 
+@pytest.mark.parametrize("anything", [math.nan, math.inf])
+def test_what_a_mask_leaves_out_may_hold_anything(anything):
+    student, teacher, bank = normal(1, (3, 5), (3, 5), (6, 5))
+    local = normal(2, (2, 3, 5), (2, 3, 5), (2, 6, 5))
+    pair = normal(3, (2, 3, 4, 4), (2, 3, 4, 4))
+    valid, inside = torch.arange(6) < 4, torch.rand(2, 4, 4, generator=seeded()) < 0.6
+    kept_slots, kept_pixels = valid[:, None], inside[:, None].expand(-1, 3, -1, -1)
+    one_pixel = kept_pixels | (torch.arange(2).view(2, 1, 1, 1) == 0)  # logits of one input only are broken there
+    for loss, given_, kept in (
+        (lambda *x: instance_discrimination_loss(*x, valid=valid), (student, teacher, bank), (True, True, kept_slots)),
+        (lambda *x: instance_discrimination_loss(*x, valid=valid, teacher_gradient=True), (student, teacher, bank),
+         (True, True, kept_slots)),
+        (lambda *x: local_instance_discrimination_loss(*x, valid=valid), local, (True, True, kept_slots)),
+        (lambda *x: nearest_neighbor_loss(*x, valid=valid), (student, teacher, bank), (True, True, kept_slots)),
+        (lambda *x: nearest_neighbor_loss(*x, valid=valid, swapped_roles=True), (student, teacher, bank),
+         (True, True, kept_slots)),
+        (lambda *x: equivariance_loss(*x, inside), pair, (kept_pixels, one_pixel)),
+        (lambda *x: equivariance_loss(*x, inside.float(), one_way=True, per_image=True), pair, (True, kept_pixels)),
+    ):  # fmt: skip
+        clean = [x.clone().requires_grad_() for x in given_]
+        broken = [
+            torch.where(torch.as_tensor(k), x, anything).requires_grad_() for k, x in zip(kept, given_, strict=True)
+        ]
+        assert any(not x.isfinite().all() for x in broken)
+        expected, found = loss(*clean), loss(*broken)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        for one, other in zip(
+            torch.autograd.grad(found, broken, allow_unused=True),
+            torch.autograd.grad(expected, clean, allow_unused=True),
+            strict=True,
+        ):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_finite_at_the_coldest_temperature():
+    for loss, inputs in all_losses(1.0, COLDEST, 7, 9):
+        assert loss.isfinite()
+        for gradient in torch.autograd.grad(loss, inputs):
+            assert gradient.isfinite().all()
+
+
 def test_one_blank_and_one_huge_row():
     queries, positives, negatives = (x.float() for x in normal(1, (2, 4, 5), (2, 5), (2, 6, 5)))
     queries[0, 1], negatives[1, 2] = 0, negatives[1, 2] * 1e30
@@ -626,11 +671,14 @@ def test_wrong_shapes_and_values_are_named():
         (lambda: nearest_neighbor_loss(a, b, a), r"teacher \(2, 4\)"),
         (lambda: nearest_neighbor_loss(a, a, a, valid=torch.ones(2).bool()), r"valid \(2,\)"),
         (lambda: nearest_neighbor_loss(a, a, a, k=0), "k must be at least 1, got 0"),
+        (lambda: nearest_neighbor_loss(a, a, a, k=2.0), "k must be a whole number, got 2.0"),
         (lambda: local_windows(torch.ones(1, 1, 223, 256)), r"need 224 px.*\(1, 1, 223, 256\)"),
         (lambda: local_windows(torch.ones(1, 1, 256, 256), stride=30), "30"),
         (lambda: local_windows(torch.ones(1, 1, 256, 256), size=60), "60"),
         (lambda: local_windows(torch.ones(1, 1, 256, 256), grid=0), "0"),
         (lambda: sample_pixels(torch.ones(4).bool(), 3, seeded()), r"masks \(4,\)"),
+        (lambda: sample_pixels(a, 3, seeded()), "masks must be bool, got torch.float32"),
+        (lambda: sample_pixels(a.int(), 3, seeded()), "masks must be bool, got torch.int32"),
         (lambda: sample_queries(a.int(), torch.ones(1, 2, 3, 4), seeded()), r"labels \(3, 4\)"),
         (lambda: sample_queries(a[None].int(), torch.ones(1, 2, 3, 4), seeded(), hard_share=1.5), "hard_share.*1.5"),
         (lambda: sample_negative_classes(a, 3, seeded()), r"distribution \(3, 4\)"),
@@ -642,8 +690,40 @@ def test_wrong_shapes_and_values_are_named():
          r"entropy \(3, 4\)"),
         (lambda: released_contrast_masks(a[None].int(), torch.ones(1, 2, 3, 4), a[None], torch.ones(1).bool(), 120),
          "percent.*120"),
+        (lambda: released_contrast_masks(a[None].int(), torch.ones(1, 2, 3, 4), a[None], torch.ones(1).int(), 20),
+         "labelled must be bool, got torch.int32"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("count", [0, -1, -2, 2.5])
+def test_a_count_is_a_whole_number_from_1_up(count):
+    labels, probabilities = long_tail()
+    distribution = class_relation_distribution(normal(0, (4, 3))[0])
+    for call in (
+        lambda: sample_pixels(torch.ones(4, 9).bool(), count, seeded()),
+        lambda: sample_queries(labels, probabilities, seeded(), count),
+        lambda: sample_queries(labels, probabilities, seeded(), count, hard_share=0.5),
+        lambda: sample_negative_classes(distribution, count, seeded()),
+        lambda: sample_negatives(labels, distribution, seeded(), count),
+    ):
+        with pytest.raises(ValueError, match=f"count must be .*, got {count}"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
+def test_a_mask_is_bool(dtype):
+    a = torch.ones(3, 4)
+    valid = torch.ones(3).to(dtype)
+    for call in (
+        lambda: instance_discrimination_loss(a, a, a, valid=valid),
+        lambda: local_instance_discrimination_loss(a[None], a[None], a[None], valid=valid),
+        lambda: class_relation_distribution(a, valid),
+        lambda: anatomical_contrastive_loss(a[:, None], a, a[:, None], valid=valid),
+        lambda: nearest_neighbor_loss(a, a, a, valid=valid),
+    ):
+        with pytest.raises(ValueError, match=f"valid must be bool, got {dtype}"):
             call()
 
 
@@ -658,6 +738,47 @@ def test_nan_is_never_hidden():
     assert equivariance_loss(*pair).isnan()
     assert equivariance_loss(*pair, mask=torch.ones(2, 2, 2).bool()).isnan()
     assert class_relation_distribution(student).isnan().any()
+
+
+@pytest.mark.parametrize("swapped_roles", [False, True])
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_neither_who_picks_nor_who_is_measured_hides_nan(place, swapped_roles, bad):
+    rows = normal(2, (3, 4), (3, 4), (6, 4))
+    rows[0].requires_grad_()
+    with torch.no_grad():
+        rows[place][1, 2] = bad
+    valid = torch.arange(6) < 2  # fewer than k: the mask of the picks must not hide it, either
+    loss = nearest_neighbor_loss(*rows, valid=valid, swapped_roles=swapped_roles)
+    assert loss.isnan()
+    if not swapped_roles:
+        loss.backward()
+        assert rows[0].grad.isnan().any()
+
+
+def test_nan_prototypes_still_have_negatives_and_reach_the_loss():
+    labels = torch.tensor([[[0, 0, 1, 1, -1]]])  # no pixel of class 2
+    present = torch.tensor([True, True, False])
+    (prototypes,) = normal(2, (3, 3))
+    for place in (0, ...):
+        broken = prototypes.clone()
+        broken[place] = math.nan
+        index, valid = sample_negatives(labels, class_relation_distribution(broken, present), seeded(), 30)
+        assert valid.tolist() == [True, True, False]
+        assert index.min() >= 0
+        assert index.max() < labels.numel()
+        rows = normal(3, (3, 2, 3), (5, 3))
+        assert anatomical_contrastive_loss(rows[0], broken, rows[1][index], valid=valid).isnan()
+
+
+@pytest.mark.parametrize("class_bank", [0, 16])
+def test_nan_of_the_representation_head_is_reported(class_bank):
+    work = method.begin("finetune", class_bank=class_bank)
+    assert method.step(work)["contrast"].isfinite()
+    with torch.no_grad():
+        for parameter in work.networks["representation"].parameters():
+            parameter.fill_(math.nan)
+    assert method.step(work)["contrast"].isnan()
 
 
 # --- local windows ---------------------------------------------------------------------------------------------------
