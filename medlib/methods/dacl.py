@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from medlib.banks import ClassBanks
 from medlib.data.batches import TrainingData
 from medlib.losses.consistency import cross_pseudo_supervision_loss
-from medlib.losses.contrastive import unit_vectors
+from medlib.losses.contrastive import COLDEST, unit_vectors
 from medlib.losses.dacl import (
     class_mean_contrastive_loss,
     class_prototypes,
@@ -191,7 +191,7 @@ class Dacl(Cotrained):
         if self.level >= LEVELS:
             raise ValueError(f"level must be below {LEVELS}, got {self.level}")
         check_range(self, "threshold", lowest=0, highest=1)
-        check_range(self, "temperature", lowest=0, open_ended=True)
+        check_range(self, "temperature", lowest=COLDEST)
         scales = self.neighbors
         if not (isinstance(scales, tuple) and scales and all(type(k) is int and k > 0 for k in scales)):
             raise ValueError(f"neighbors must be whole numbers from 1, such as (8, 16, 32), got {scales!r}")

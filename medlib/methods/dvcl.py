@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from medlib.banks import ClassBanks, FeatureBank
 from medlib.data.batches import TrainingData
 from medlib.losses.consistency import cross_pseudo_supervision_loss
-from medlib.losses.contrastive import info_nce_loss, nt_xent_loss, unit_vectors
+from medlib.losses.contrastive import COLDEST, info_nce_loss, nt_xent_loss, unit_vectors
 from medlib.losses.dvcl import (
     distance_aware_loss,
     entropy_from_logits,
@@ -257,7 +257,7 @@ class Dvcl(Cotrained):
         check_whole(self, "feature_dim", "anchors", "negatives", "bank", "neighbors", "wide", "pool", "queries")
         check_whole(self, "outsiders", "negative_bank", "queue", "warmup_steps", lowest=0)
         check_range(self, "consistency_weight", "contrastive_weight", "beta", lowest=0)
-        check_range(self, "temperature", "rival_temperature", lowest=0, open_ended=True)
+        check_range(self, "temperature", "rival_temperature", lowest=COLDEST)
         check_range(self, "ordinary", lowest=0, highest=1)
         check_range(self, "alpha", lowest=-10, highest=10)
         drawn = self.pool * (2 if self.pools == "joint" else 1)

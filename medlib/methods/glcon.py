@@ -26,6 +26,7 @@ from medlib.augment import StrongAugmentation
 from medlib.banks import FeatureBank
 from medlib.data.batches import TrainingData
 from medlib.losses.contrastive import (
+    COLDEST,
     check_counts,
     check_mask,
     check_shapes,
@@ -76,7 +77,7 @@ def queue_contrastive_loss(
     query, positive = unit_vectors(query), unit_vectors(positive.detach())
     similarity = torch.cat([(query * positive).sum(dim=1, keepdim=True), query @ queue.T], dim=1) / temperature
     lowest = torch.finfo(similarity.dtype).min / 4
-    candidates = torch.cat([torch.ones_like(valid[:1]), valid])
+    candidates = torch.cat([valid.new_ones(1), valid])
     log_share = similarity.masked_fill(~candidates, lowest).log_softmax(dim=1)  # (B, 1 + K)
     loss = -log_share[:, 0].mean()
     if neighbors:
@@ -159,7 +160,7 @@ class TwoBranches(Cotrained):
         check_whole(self, "pretrain_steps", "projection_dim", "queue", "neighbors", "local_grid")
         check_whole(self, "window", "window_cells", lowest=2)
         check_whole(self, "batch_size", lowest=4)  # batch norm in the heads needs two images, were all labelled
-        check_range(self, "student_temperature", "teacher_temperature", "temperature", lowest=0, open_ended=True)
+        check_range(self, "student_temperature", "teacher_temperature", "temperature", lowest=COLDEST)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.framework == "glcon":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from medlib.augment import ThinPlateAugmentation, Warp
 from medlib.banks import ClassBanks, FeatureBank
 from medlib.data.batches import TrainingData
-from medlib.losses.contrastive import check_shapes, full_precision, unit_vectors
+from medlib.losses.contrastive import COLDEST, check_shapes, full_precision, unit_vectors
 from medlib.losses.dvcl import voxel_entropy
 from medlib.losses.mona import (
     anatomical_contrastive_loss,
@@ -180,7 +180,7 @@ class Mona(TwoBranches):
             self, "contrast_weight", "equivariance_weight", "pseudo_weight", "neighbor_weight", "hard_share", lowest=0
         )
         check_range(self, "threshold", "contrast_confidence", "hard_share", lowest=0, highest=1)
-        check_range(self, "contrast_temperature", lowest=0, open_ended=True)
+        check_range(self, "contrast_temperature", lowest=COLDEST)
         check_whole(self, "queries", "keys", "representation_dim")
         check_whole(self, "class_bank", lowest=0)
         if self.framework == "none" and not self.finetuning:

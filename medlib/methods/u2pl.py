@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from medlib.banks import ClassBanks
 from medlib.data.batches import TrainingData
+from medlib.losses.contrastive import COLDEST
 from medlib.losses.dvcl import complementary_label_loss, complementary_labels, entropy_from_logits
 from medlib.methods.base import Streams, register
 from medlib.methods.cotraining import CotrainingWork, Taught, TaughtWork, Teacher, check_range, check_whole
@@ -78,7 +79,7 @@ class U2pl(Taught):
         check_whole(self, "anchors", "negatives", "bank", "pool", "feature_dim")
         check_range(self, "contrastive_weight", lowest=0)
         check_range(self, "drop", "confidence", lowest=0, highest=1)
-        check_range(self, "temperature", lowest=0, open_ended=True)
+        check_range(self, "temperature", lowest=COLDEST)
         check_whole(self, "low_rank", "high_rank", lowest=0)
         if self.low_rank >= self.high_rank:
             raise ValueError(f"low_rank must be below high_rank={self.high_rank}, got {self.low_rank}")

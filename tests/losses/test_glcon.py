@@ -74,3 +74,11 @@ def test_wrong_arguments_are_named():
             queue_contrastive_loss(a, a, a, valid=valid, neighbors=neighbors)
     with pytest.raises(ValueError, match="temperature.*1e-42"):
         queue_contrastive_loss(a, a, a, 1e-42, valid=valid)
+
+
+def test_an_empty_queue_leaves_nothing_to_tell_apart():
+    none = torch.zeros(0, 5, dtype=torch.float64)
+    nobody = torch.zeros(0, dtype=torch.bool)
+    for neighbors in (0, 2):
+        loss = queue_contrastive_loss(normal(3, 5), normal(3, 5, seed=1), none, valid=nobody, neighbors=neighbors)
+        assert loss == 0

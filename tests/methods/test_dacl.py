@@ -125,7 +125,7 @@ def test_a_scale_changes_sizes_and_lengths_and_keeps_the_share_of_the_delay():
         (dict(negatives_from="bank"), "negatives_from must be one of"),
         (dict(weight_scale="min"), "weight_scale must be one of"),
         (dict(reduction="none"), "reduction must be one of"),
-        (dict(temperature=0.0), "temperature must be above 0"),
+        (dict(temperature=0.0), "temperature must be at least 1e-06"),
         (dict(predicts="second"), "predicts must be one of first, mean"),
         (dict(positiveness=1), "positiveness must be bool"),
         (dict(dice_weight=-1.0), "dice_weight"),
