@@ -10,8 +10,10 @@ of it, `ThinPlateAugmentation` the warp of an equivariance loss.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -89,6 +91,7 @@ class GeometricAugmentation:
     elastic_alpha: tuple[float, float] = (100 / REFERENCE_SIDE, 350 / REFERENCE_SIDE)
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _check_probabilities(self, "mirror", "deform")
         if not 0 < self.scale[0] <= 1 <= self.scale[1]:
             raise ValueError(f"scale must enclose 1, got {self.scale}")
@@ -169,6 +172,7 @@ class PhotometricAugmentation:
     blur: tuple[float, float] = (0.15, 1.15)
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _check_probabilities(self, "probability")
         if not self.brightness >= 0:
             raise ValueError(f"brightness must be at least 0, got {self.brightness}")
@@ -207,6 +211,7 @@ class DiffeomorphicAugmentation:
     squarings: int = 8
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _check_probabilities(self, "probability")
         if self.cells < 2 or self.squarings < 1 or not self.shift >= 0:
             raise ValueError(
@@ -260,6 +265,7 @@ class StrongAugmentation:
     diffeomorphic: DiffeomorphicAugmentation = field(default_factory=DiffeomorphicAugmentation)
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         if not 0 < self.area < 1:
             raise ValueError(f"area must lie in (0, 1), got {self.area}")
 
@@ -292,6 +298,7 @@ class ThinPlateAugmentation:
     shift: float = 0.1
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _check_probabilities(self, "mirror")
         if self.points < 2:
             raise ValueError(f"points must be at least 2, got {self.points}")
@@ -349,6 +356,25 @@ def _uniform(generator: torch.Generator) -> Callable[..., Tensor]:
         return low + (high - low) * torch.rand(*shape, generator=generator, device=generator.device)
 
     return uniform
+
+
+def _check_numbers(settings: Any) -> None:
+    """ValueError unless each number is finite, and whole where its default is; a range is two of them, in order."""
+
+    def finite(value: object) -> bool:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if isinstance(entry.default, tuple):
+            if not (
+                isinstance(value, Sequence) and len(value) == 2 and all(map(finite, value)) and value[0] <= value[1]
+            ):
+                raise ValueError(f"{entry.name} must be a range of two finite numbers, (low, high), got {value!r}")
+        elif isinstance(entry.default, int) and type(value) is not int:
+            raise ValueError(f"{entry.name} must be a whole number, got {value!r}")
+        elif isinstance(entry.default, float) and not finite(value):
+            raise ValueError(f"{entry.name} must be a finite number, got {value!r}")
 
 
 def _check_probabilities(settings: object, *names: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from medlib.augment import (
     CutMix,
     DiffeomorphicAugmentation,
+    GeometricAugmentation,
     PhotometricAugmentation,
     StrongAugmentation,
     ThinPlateAugmentation,
@@ -270,3 +271,22 @@ def test_a_rectangle_of_nothing_or_everything_is_refused():
     for area in (0.0, 1.0):
         with pytest.raises(ValueError, match=f"area .*{area}"):
             CutMix.draw(2, SIDE, stream(), area)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        (GeometricAugmentation, {"rotation": math.nan}, "rotation must be a finite number, got nan"),
+        (GeometricAugmentation, {"elastic_sigma": (2.0, 1.0)}, "elastic_sigma must be a range of two finite numbers"),
+        (GeometricAugmentation, {"scale": ("a", 1)}, "scale must be a range of two finite numbers"),
+        (GeometricAugmentation, {"scale": (1.0,)}, "scale must be a range of two finite numbers"),
+        (ThinPlateAugmentation, {"points": 2.5}, "points must be a whole number, got 2.5"),
+        (ThinPlateAugmentation, {"jitter": math.inf}, "jitter must be a finite number, got inf"),
+        (DiffeomorphicAugmentation, {"shift": "much"}, "shift must be a finite number, got 'much'"),
+        (StrongAugmentation, {"area": True}, "area must be a finite number, got True"),
+        (PhotometricAugmentation, {"blur": 1.0}, "blur must be a range of two finite numbers"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_by_name(kind, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**wrong)
