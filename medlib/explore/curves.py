@@ -97,18 +97,19 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "Train
             _dice(figure, [line for line in lines if "val_dice" in line], column, end)
         figure.update_xaxes(title_text="step", row=2 if has_dice else 1, col=column)
     longest = max((len(name) for line in history for name in line.get("val_dice", ())), default=0)
+    many = sum(len(trace.name) + 6 for trace in figure.data if trace.showlegend) > 60  # too many for beside the title
+    below = 50 if many else 0
+    height = (520 if rows == 2 else 340) + below
+    place = {"x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom"}
     figure.update_layout(
         template=TEMPLATE,
         title=title,
-        height=520 if rows == 2 else 340,
-        margin={"t": 88, "r": max(46, 6 * longest - 44)},  # some room the axis leaves
+        height=height,
+        margin={"t": 88, "r": max(46, 6 * longest - 44), "b": 52 + below},  # some room the axis leaves
         legend={
             "orientation": "h",
-            "x": 1,
-            "xanchor": "right",
-            "y": 1 - 22 / (520 if rows == 2 else 340),
             "yref": "container",
-            "yanchor": "top",
+            **(place if many else {"x": 1, "xanchor": "right", "y": 1 - 22 / height, "yanchor": "top"}),
         },
     )
     return figure
