@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import os
 import re
 import typing
@@ -22,7 +21,7 @@ from medlib.methods.base import available
 from medlib.nets import channels_last, seeded_init
 from medlib.paths import DATA, resolve, shorten
 from medlib.results import RunRecord
-from medlib.results.records import read_record
+from medlib.results.records import full_settings, read_record
 from medlib.train import CHECKPOINT, StageResult, Trained, make_fabric, predictor, stage_key
 
 
@@ -32,8 +31,8 @@ def method_of(record: RunRecord, source: str = "record") -> Method:
     if record.method not in methods:
         raise ValueError(f"{source}: there is no method {record.method!r}; there are {', '.join(sorted(methods))}")
     cls = methods[record.method]
-    method = typing.cast(Method, _built(cls, record.settings, source))
-    now = json.loads(json.dumps(dataclasses.asdict(method)))
+    method = typing.cast(Method, _built(cls, full_settings(record), source))
+    now = method.plain()
     if changed := sorted(name for name, value in record.settings.items() if now[name] != value):
         raise ValueError(f"{source}: settings {', '.join(changed)} cannot be read back by this version")
     return method

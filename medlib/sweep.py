@@ -1,8 +1,6 @@
 """Many runs of one comparison: methods x ablations x labelled patients x seeds, one record each, resumable."""
 
-import dataclasses
 import itertools
-import json
 import re
 import shlex
 import time
@@ -18,7 +16,7 @@ from medlib.data.splits import Split, split_cases
 from medlib.methods import Method, build
 from medlib.nets import recompute_levels, seeded_init
 from medlib.paths import make_folder, resolve
-from medlib.results.records import SUFFIX, RunRecord, read_record
+from medlib.results.records import SUFFIX, RunRecord, departures, read_record
 from medlib.train import PRECISIONS, make_fabric
 
 
@@ -137,14 +135,8 @@ class Sweep:
         return self.phantom or is_phantom(resolve(self.root))
 
     def _check_same(self, record: RunRecord, method: Method, seed: int, split: Split, path: Path) -> None:
-        """ValueError unless the record on disk is of the run that is asked for.
-
-        A setting that is younger than the record had its default then: that is what defaults of new settings are for.
-        """
-        asked, default = (
-            json.loads(json.dumps(dataclasses.asdict(one))) for one in (method, build(method.name, scale=self.scale))
-        )
-        differing = sorted(key for key in asked if asked[key] != record.settings.get(key, default[key]))
+        """ValueError unless the record on disk is of the run that is asked for."""
+        differing = sorted(departures(record, method)) if record.method == method.name else []
         facts = {
             "method": record.method != method.name,
             "seed": record.seed != seed,

@@ -7,6 +7,7 @@ Nothing here, and nothing in the training loop, knows any method's name.
 import dataclasses
 import difflib
 import importlib
+import json
 import math
 import pkgutil
 import typing
@@ -142,6 +143,11 @@ class Method(ABC):
                 raise ValueError(f"spacing must be above 0 mm and finite, or None, got {spacing}")
             spacing = None if info.spacing is None else min(spacing, info.size * info.spacing / self.image_size)
         return Protocol(self.image_size, spacing, window=info.window)
+
+    def plain(self) -> dict[str, Any]:
+        """Its settings as a run record holds them: what JSON makes of the fields."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
 
     @abstractmethod
     def networks(self, classes: int) -> nn.ModuleDict:

@@ -21,6 +21,7 @@ import pandas as pd
 
 from medlib.data.splits import Split
 from medlib.evaluate import METRICS, Evaluation
+from medlib.methods import SCALES, Method, available, build
 from medlib.paths import PROJECT
 from medlib.results.statistics import mean_std
 
@@ -208,12 +209,11 @@ def versions() -> dict[str, str]:
 def load_records(folder: str | os.PathLike[str]) -> list[RunRecord]:
     """All records (``*.record.json``) in ``folder`` and below, by file name.
 
-    Raises FileNotFoundError when there is none, and ValueError that names the file and the key of one that is wrong.
+    Raises FileNotFoundError when there is no such folder, ValueError that names the file and the key of a wrong record.
     """
-    paths = sorted(Path(folder).rglob("*" + SUFFIX))
-    if not paths:
-        raise FileNotFoundError(f"{folder} holds no run record (*{SUFFIX}); a run writes one beside its notebook")
-    return [read_record(path) for path in paths]
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}, so no run records (*{SUFFIX}) in it")
+    return [read_record(path) for path in sorted(Path(folder).rglob("*" + SUFFIX))]
 
 
 def read_record(path: str | os.PathLike[str]) -> RunRecord:
@@ -223,6 +223,19 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     return RunRecord.from_dict(values, str(path))
+
+
+def full_settings(record: RunRecord) -> dict[str, Any]:
+    """The settings of a run; one that is younger than its record had its default then, that of the record's scale."""
+    if record.method not in available() or record.scale not in SCALES:
+        return dict(record.settings)
+    return build(record.method, scale=record.scale).plain() | dict(record.settings)
+
+
+def departures(record: RunRecord, method: Method) -> dict[str, Any]:
+    """The settings of a run that are not those of ``method``, by name. None: the run is one of ``method``."""
+    usual = method.plain()
+    return {name: value for name, value in full_settings(record).items() if name not in usual or usual[name] != value}
 
 
 def _method(record: RunRecord) -> str:
@@ -261,12 +274,13 @@ def table(
     rows: dict[tuple[str, int], list[RunRecord]] = defaultdict(list)
     for record in records:
         rows[label(record), len(record.split.labelled)].append(record)
-    within = {
-        "split": lambda r: sorted(r.split.labelled),
-        "settings": lambda r: (r.method, r.variant, dict(r.settings)),
-    }
     summary = {}
     for key, group in rows.items():
+        named = {name for record in group for name in record.settings}
+        within = {
+            "split": lambda r: sorted(r.split.labelled),
+            "settings": lambda r, named=named: (r.method, r.variant, {n: full_settings(r).get(n) for n in named}),
+        }
         _refuse(group, within, mix, f"the runs of {key[0]!r} with {key[1]} labelled patients")
         seeds = [record.seed for record in group]
         if len(set(seeds)) < len(seeds):
@@ -284,6 +298,23 @@ def table(
         summary[key] |= {"missed": sum(evaluation.summary["missed"] for evaluation in found) / len(group)}
     index = pd.MultiIndex.from_tuples(list(summary), names=["method", "labelled"])
     return pd.DataFrame(list(summary.values()), index=index)
+
+
+def seeds_table(
+    records: Sequence[RunRecord], *, part: Part = "val", label: Callable[[RunRecord], str] = _method
+) -> pd.DataFrame:
+    """`table` for reading: the mean Dice of a row as "mean ± std", a column for each number of labelled patients.
+
+    The standard deviation is over seeds; their number follows in brackets where it is not three.
+    """
+    found = table(records, part=part, label=label)
+    text = [
+        f"{mean:.3f}" + (f" ± {std:.3f}" if n > 1 else "") + (f" ({n})" if n != 3 else "")
+        for n, mean, std in zip(found["n"], found["mean"], found["std"], strict=True)
+    ]
+    shown = pd.Series(text, found.index).unstack()
+    shown = shown.reindex(dict.fromkeys(found.index.get_level_values("method")))
+    return shown[sorted(shown)].rename(columns="{} labelled".format).rename_axis(index=None, columns=None)
 
 
 def _refuse(

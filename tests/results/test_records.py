@@ -10,7 +10,19 @@ import pytest
 
 from medlib.data.splits import Split
 from medlib.evaluate import CaseMetrics, Evaluation, pooled_dice, volume_metrics
-from medlib.results import RunRecord, load_records, paired_bootstrap, read_record, table, versions
+from medlib.methods import build
+from medlib.paths import RESULTS
+from medlib.results import (
+    RunRecord,
+    departures,
+    full_settings,
+    load_records,
+    paired_bootstrap,
+    read_record,
+    seeds_table,
+    table,
+    versions,
+)
 from medlib.results.records import without_paths
 
 CLASSES = ("background", "RV", "LV")
@@ -155,8 +167,10 @@ def test_records_are_found_below_a_folder(tmp_path):
         record(seed=seed).save(tmp_path / f"seed{seed}" / "coral.record.json")
     (tmp_path / "notes.json").write_text("{}")
     assert [r.seed for r in load_records(tmp_path)] == [0, 1]
-    with pytest.raises(FileNotFoundError, match="empty.*record"):
-        load_records(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="nowhere.*record"):
+        load_records(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert load_records(tmp_path / "empty") == []
 
 
 def test_versions_name_what_decides_a_result():
@@ -225,6 +239,40 @@ def test_table_refuses_a_seed_twice_an_unknown_metric_and_an_absent_part():
         table([record()], metric="dize")
     with pytest.raises(ValueError, match="no test evaluation: not released"):
         table([record(test=None, missing={"test": "not released"})])
+
+
+def cps_record(**changes):
+    settings = build("cps", scale="laptop").plain()
+    return record(method="cps", settings=settings | changes.pop("settings", {}), **changes)
+
+
+def test_a_setting_younger_than_its_record_had_its_default_then():
+    young, old = cps_record(seed=0), cps_record(seed=1)
+    old.settings.pop("optimizer"), old.settings.pop("learning_rate")
+    assert full_settings(old) == full_settings(young) and full_settings(old)["learning_rate"] == 0.03  # of `laptop`
+    assert departures(old, build("cps", scale="laptop")) == {}
+    assert table([young, old])["n"].item() == 2
+    other = cps_record(settings={"width": 8, "gone": 1})
+    assert departures(other, build("cps", scale="laptop")) == {"width": 8, "gone": 1}
+    assert departures(old, build("cps", scale="laptop", optimizer="adamw")) == {"optimizer": "sgd"}
+    assert full_settings(record(method="sixth paper")) == record().settings
+
+
+def test_the_records_of_this_repository_make_tables():
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        for found in load_records(folder):
+            assert departures(found, build(found.method, scale=found.scale)).keys() <= found.settings.keys()
+            assert full_settings(found).keys() == build(found.method, scale=found.scale).plain().keys()
+
+
+def test_a_table_for_reading():
+    runs = [record(seed=s, method="b", test=evaluation(s)) for s in (0, 1, 2)]
+    runs += [record(seed=s, method="b", split=MORE, test=evaluation(s)) for s in (0, 2)]
+    runs += [record(seed=5, method="a", split=MORE, test=evaluation(0))]
+    found = seeds_table(runs, part="test").fillna("")
+    assert list(found.index) == ["b", "a"] and list(found.columns) == ["1 labelled", "2 labelled"]
+    assert found.values.tolist() == [["0.833 ± 0.167", "0.833 ± 0.236 (2)"], ["", "1.000 (1)"]]
+    assert list(seeds_table(runs, part="test", label=lambda r: f"{r.method}!").index) == ["b!", "a!"]
 
 
 def test_records_feed_the_paired_interval():
