@@ -229,3 +229,27 @@ def _check_types(cls: type[Method], settings: Mapping[str, Any]) -> None:
         elif all(isinstance(option, type) for option in options) and not isinstance(value, tuple(options)):
             names = " or ".join(option.__name__ for option in options)
             raise ValueError(f"{cls.name}: {name} must be of type {names}, got {value!r}")
+
+
+def check_whole(settings: Any, *names: str, lowest: int = 1) -> None:
+    """ValueError unless those fields are whole numbers from ``lowest``."""
+    for name in names:
+        value = getattr(settings, name)
+        if type(value) is not int or value < lowest:
+            raise ValueError(f"{name} must be a whole number from {lowest}, got {value!r}")
+
+
+def check_choices(settings: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """ValueError unless each of those fields is one of its choices."""
+    for name, known in choices.items():
+        if (value := getattr(settings, name)) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_range(settings: Any, *names: str, lowest: float, highest: float = math.inf, open_ended: bool = False) -> None:
+    """ValueError unless those fields are finite, from ``lowest`` (above it, if ``open_ended``) to ``highest``."""
+    for name in names:
+        value = getattr(settings, name)
+        if not (lowest <= value <= highest and value < math.inf) or (open_ended and value == lowest):
+            end = "" if highest == math.inf else f" and at most {highest}"
+            raise ValueError(f"{name} must be {'above' if open_ended else 'at least'} {lowest}{end}, got {value}")

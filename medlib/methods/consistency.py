@@ -28,7 +28,7 @@ from medlib.losses.consistency import (
     uncertainty_threshold,
 )
 from medlib.losses.dvcl import voxel_entropy
-from medlib.methods.base import Streams, register
+from medlib.methods.base import Streams, check_range, check_whole, register
 from medlib.methods.cotraining import (
     Consistency,
     Cotrained,
@@ -36,8 +36,6 @@ from medlib.methods.cotraining import (
     Taught,
     TaughtWork,
     TwoNetworks,
-    check_range,
-    check_whole,
     ramp_up,
 )
 from medlib.nets import BranchedUNet, Decoder, ssl4mis_unet

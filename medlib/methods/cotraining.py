@@ -22,7 +22,7 @@ from medlib.data.cases import DatasetInfo
 from medlib.data.patches import Patches
 from medlib.data.prepare import Preparation, VolumeProtocol
 from medlib.losses.segmentation import supervised_loss
-from medlib.methods.base import Method, Stage, Streams, Work
+from medlib.methods.base import Method, Stage, Streams, Work, check_choices, check_range, check_whole
 from medlib.nets import UNet, ssl4mis_unet, ssl4mis_unet_3d, ssl4mis_vnet
 
 STRIDE = 16  # of all networks here: four halvings
@@ -281,30 +281,6 @@ class Cotrained(Method):
 
     def predict(self, networks: nn.ModuleDict, images: Tensor) -> Tensor:
         return networks["unet"](images).softmax(dim=1)
-
-
-def check_whole(settings: Any, *names: str, lowest: int = 1) -> None:
-    """ValueError unless those fields are whole numbers from ``lowest``."""
-    for name in names:
-        value = getattr(settings, name)
-        if type(value) is not int or value < lowest:
-            raise ValueError(f"{name} must be a whole number from {lowest}, got {value!r}")
-
-
-def check_choices(settings: Any, choices: Mapping[str, Sequence[str]]) -> None:
-    """ValueError unless each of those fields is one of its choices."""
-    for name, known in choices.items():
-        if (value := getattr(settings, name)) not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def check_range(settings: Any, *names: str, lowest: float, highest: float = math.inf, open_ended: bool = False) -> None:
-    """ValueError unless those fields are finite, from ``lowest`` (above it, if ``open_ended``) to ``highest``."""
-    for name in names:
-        value = getattr(settings, name)
-        if not (lowest <= value <= highest and value < math.inf) or (open_ended and value == lowest):
-            end = "" if highest == math.inf else f" and at most {highest}"
-            raise ValueError(f"{name} must be {'above' if open_ended else 'at least'} {lowest}{end}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

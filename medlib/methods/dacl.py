@@ -25,8 +25,8 @@ from medlib.losses.dacl import (
     sparsest,
     take_rows,
 )
-from medlib.methods.base import Streams, register
-from medlib.methods.cotraining import Cotrained, CotrainingWork, check_choices, check_range, check_whole
+from medlib.methods.base import Streams, check_choices, check_range, check_whole, register
+from medlib.methods.cotraining import Cotrained, CotrainingWork
 from medlib.nets import UNet, pixel_head
 
 NOBODY = -1  # the class of a pixel whose prediction is not sure

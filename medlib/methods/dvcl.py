@@ -32,14 +32,8 @@ from medlib.losses.dvcl import (
     similarity_affinity,
     snclr_loss,
 )
-from medlib.methods.base import Streams, register
-from medlib.methods.cotraining import (
-    Cotrained,
-    CotrainingWork,
-    check_choices,
-    check_range,
-    check_whole,
-)
+from medlib.methods.base import Streams, check_choices, check_range, check_whole, register
+from medlib.methods.cotraining import Cotrained, CotrainingWork
 from medlib.methods.sampling import spread_by_class, spread_sample, voxels_of
 from medlib.nets import UNet, pixel_head
 

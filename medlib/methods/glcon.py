@@ -36,15 +36,12 @@ from medlib.losses.contrastive import (
     unit_vectors,
 )
 from medlib.losses.mona import instance_discrimination_loss, local_instance_discrimination_loss, local_windows
-from medlib.methods.base import Streams, Work
+from medlib.methods.base import Streams, Work, check_choices, check_range, check_whole
 from medlib.methods.cotraining import (
     Cotrained,
     Cotraining,
     CotrainingWork,
     Teacher,
-    check_choices,
-    check_range,
-    check_whole,
 )
 from medlib.nets import UNet
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from medlib.augment import GeometricAugmentation, Warp
 from medlib.banks import FeatureBank
 from medlib.data.batches import TrainingData
+from medlib.losses.contrastive import COLDEST
 from medlib.losses.ideal import (
     cross_consistency_loss,
     dense_correspondence,
@@ -20,8 +21,8 @@ from medlib.losses.ideal import (
     local_contrastive_loss,
 )
 from medlib.losses.segmentation import cross_entropy_loss
-from medlib.methods.base import Method, Stage, Streams, Work, register
-from medlib.methods.cotraining import check_choices, ramp_up
+from medlib.methods.base import Method, Stage, Streams, Work, check_choices, check_range, register
+from medlib.methods.cotraining import ramp_up
 from medlib.methods.pretraining import TwoViews, cosine_schedule, stage_length
 from medlib.methods.semisupervised import LabelledAndUnlabelled, branch_probabilities, branched_of, mean_of_branches
 from medlib.nets import DenseProjectionHead, ProjectionHead, branched_resnet, branched_unet
@@ -346,7 +347,8 @@ class Ideal(Method):
             raise ValueError(f"spacing must be positive (mm) or None, got {self.spacing}")
         if not isinstance(self.augmentation, GeometricAugmentation):
             raise ValueError(f"augmentation must be a GeometricAugmentation, got {self.augmentation!r}")
-        for name in ("temperature", "pretrain_learning_rate", "finetune_learning_rate"):
+        check_range(self, "temperature", lowest=COLDEST)
+        for name in ("pretrain_learning_rate", "finetune_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("queue", "global_weight", "warmup_steps", "consistency_weight", "ramp_steps", "weight_decay"):

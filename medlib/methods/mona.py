@@ -27,8 +27,8 @@ from medlib.losses.mona import (
     sample_pixels,
     sample_queries,
 )
-from medlib.methods.base import Stage, Streams, register
-from medlib.methods.cotraining import Cotrained, Cotraining, CotrainingWork, check_range, check_whole
+from medlib.methods.base import Stage, Streams, check_range, check_whole, register
+from medlib.methods.cotraining import Cotrained, Cotraining, CotrainingWork
 from medlib.methods.glcon import Pretraining, TwoBranches, TwoBranchWork, logits_and_maps
 from medlib.nets import UNet
 

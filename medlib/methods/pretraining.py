@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from medlib.augment import GeometricAugmentation, Warp
 from medlib.data.batches import ShuffledRows, TrainingData
+from medlib.losses.contrastive import COLDEST
 from medlib.losses.segmentation import cross_entropy_loss
-from medlib.methods.base import Method, Stage, Streams, Work
+from medlib.methods.base import Method, Stage, Streams, Work, check_range
 from medlib.nets import ProjectionHead, UNet, coral_unet
 
 
@@ -241,6 +242,11 @@ class PretrainThenFinetune(Method):
         for name in ("pretrain_learning_rate", "finetune_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_range(self, "weight_decay", lowest=0)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if hasattr(self, "temperature"):
+            check_range(self, "temperature", lowest=COLDEST)
 
     def contrast(self) -> SliceContrast:
         """A new pre-training loss; its initial weights, if any, come from the surrounding `medlib.nets.seeded_init`."""

@@ -1,7 +1,6 @@
 """Fine-tuning that also uses the unlabelled slices: self-training and mutual consistency, two rivals of IDEAL."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,9 +9,10 @@ from torch import Tensor, nn
 
 from medlib.augment import GeometricAugmentation, Warp
 from medlib.data.batches import ShuffledRows, TrainingData
+from medlib.losses.contrastive import COLDEST
 from medlib.losses.mcnet import mutual_consistency_loss
 from medlib.losses.segmentation import cross_entropy_loss, dice_loss
-from medlib.methods.base import Stage, Streams, Work, register
+from medlib.methods.base import Stage, Streams, Work, check_range, register
 from medlib.methods.cotraining import ramp_up
 from medlib.methods.pretraining import PretrainThenFinetune, SupervisedFinetuning, cosine_schedule, unet_of
 from medlib.nets import BranchedUNet, branched_unet
@@ -244,9 +244,8 @@ class MutualConsistency(PretrainThenFinetune):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dice_weight", "consistency_weight", "sharpening"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_range(self, "dice_weight", "consistency_weight", lowest=0, open_ended=True)
+        check_range(self, "sharpening", lowest=COLDEST)
         if self.frozen:
             raise ValueError("mutual_consistency starts from random weights: a frozen encoder would never learn")
 

@@ -14,6 +14,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -238,6 +239,12 @@ def departures(record: RunRecord, method: Method) -> dict[str, Any]:
     return {name: value for name, value in full_settings(record).items() if name not in usual or usual[name] != value}
 
 
+def _decided(names: Sequence[str], record: RunRecord) -> tuple[Any, ...]:
+    """What was run: the method, its variant, and those of its settings."""
+    settings = full_settings(record)
+    return record.method, record.variant, {name: settings.get(name) for name in names}
+
+
 def _method(record: RunRecord) -> str:
     return record.method
 
@@ -276,10 +283,10 @@ def table(
         rows[label(record), len(record.split.labelled)].append(record)
     summary = {}
     for key, group in rows.items():
-        named = {name for record in group for name in record.settings}
-        within = {
+        named = sorted({name for record in group for name in record.settings})
+        within: dict[str, Callable[[RunRecord], Any]] = {
             "split": lambda r: sorted(r.split.labelled),
-            "settings": lambda r, named=named: (r.method, r.variant, {n: full_settings(r).get(n) for n in named}),
+            "settings": partial(_decided, named),
         }
         _refuse(group, within, mix, f"the runs of {key[0]!r} with {key[1]} labelled patients")
         seeds = [record.seed for record in group]

@@ -1,6 +1,7 @@
 """Methods are looked up by name, refuse what they do not know, and their settings reach the training."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -176,3 +177,15 @@ def test_a_setting_of_another_type_is_refused_by_name(setting):
 
 def test_a_whole_number_is_a_number_and_none_an_option_where_the_field_says_so():
     assert build("coral", temperature=1, pretrain_steps=None).temperature == 1
+
+
+@pytest.mark.parametrize("name", sorted(available()))
+def test_no_method_takes_a_temperature_that_its_loss_would_refuse(name):
+    fields = {entry.name for entry in dataclasses.fields(available()[name])}
+    for setting in sorted(field for field in fields if field.endswith("temperature") or field == "sharpening"):
+        for wrong in (-1.0, 0.0, 1e-8, math.nan):
+            with pytest.raises(ValueError, match=f"{setting} must be at least"):
+                build(name, scale="ci", **{setting: wrong})
+    if "momentum" in fields:
+        with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got -3"):
+            build(name, scale="ci", momentum=-3.0)
