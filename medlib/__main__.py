@@ -246,6 +246,7 @@ def command_datasets(options: argparse.Namespace) -> int:
 
     for name, info in DESCRIPTIONS.items():
         print(f"{name:<12}{info.title}\n{'':<12}protocols: {', '.join(['common', *protocols(name)])}")
+        print(f"{'':<12}patients are told apart by {info.patient_rule}")
     return 0
 
 

@@ -43,12 +43,6 @@ class FeatureBank(nn.Module):
         """(capacity,) bool: the slots that hold a feature."""
         return torch.arange(self.capacity, device=self.rows.device) < self.pushed
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """``count`` rows (count, D), with replacement, from the filled slots; zeros only while nothing was pushed."""
-        filled = self.pushed.clamp(1, self.capacity)
-        draw = torch.rand(count, generator=generator, device=self.rows.device)
-        return self.rows[(draw * filled).long().clamp(max=self.capacity - 1)]
-
 
 class ClassBanks(nn.Module):
     """One ring buffer per class, all of one size, for entries of several parts: a feature and its density, say.

@@ -3,7 +3,7 @@
 from .cases import Case, DataError, DatasetInfo, Volume, labelled_cases, slice_positions
 from .check import check_dataset
 from .phantoms import write_phantoms
-from .prepare import Prepared, Protocol, VolumeProtocol, default_protocol, learn_statistics, prepare
+from .prepare import Prepared, Protocol, VolumeProtocol, learn_statistics, prepare
 from .readers import DATASETS, dataset_info, load_volume, read_dataset
 from .splits import Split, split_cases
 
@@ -19,7 +19,6 @@ __all__ = [
     "VolumeProtocol",
     "check_dataset",
     "dataset_info",
-    "default_protocol",
     "labelled_cases",
     "learn_statistics",
     "load_volume",

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..paths import resolve
-from .cases import Case, DataError, DatasetInfo, slice_positions
+from .cases import Case, DataError, slice_positions
 from .readers import load_volume
 
 VERSION = 1  # of what this module computes: another number, another cache
@@ -236,11 +236,6 @@ class VolumeProtocol(Preparation):
     def inputs(self, image: np.ndarray) -> torch.Tensor:
         """One volume, (1, 1, Z, H, W)."""
         return torch.from_numpy(np.array(image, np.float32))[None, None]
-
-
-def default_protocol(info: DatasetInfo) -> Protocol:
-    """The 2D protocol of the papers for a data set: its size and spacing, cut at its window, z-scored."""
-    return Protocol(info.size, info.spacing, window=info.window)
 
 
 def _size(array: np.ndarray) -> Size:

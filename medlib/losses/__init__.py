@@ -1,7 +1,8 @@
-"""The losses: pure functions of tensors, one file per paper, and two files that the papers share.
+"""The losses: pure functions of tensors, one file per paper, and files that papers share.
 
 ``contrastive``   InfoNCE, SimCLR, positional and partition contrast, and the checks every loss starts with
 ``segmentation``  cross-entropy and Dice on labelled pixels
+``consistency``   mean teacher and the other semi-supervised baselines; ``gcl`` and ``mcnet`` are of IDEAL's rivals
 ``coral``         relational and ordinal anatomical learning
 ``ideal``         dense matches, local contrast, cross-consistency
 ``mona``          instance discrimination, anatomical contrast, equivariance, nearest neighbours, and their samplers
@@ -10,6 +11,6 @@
 
 Every loss returns a 0-d tensor, computes in at least float32 whatever it is handed, and is finite for any finite input.
 When there is nothing to compare it is exactly 0 and still attached to its input, so ``backward()`` runs. Wrong shapes,
-or a temperature that is not positive, raise ``ValueError``. A loss that a paper defines has its slow, literal
-definition beside it, named ``<loss>_by_definition``: the notebooks print it, the tests compare with it.
+or a temperature that is not positive, raise ``ValueError``. A loss that one of the five papers defines has its slow,
+literal definition beside it, named ``<loss>_by_definition``: the notebooks print it, the tests compare with it.
 """

@@ -1,6 +1,6 @@
 """The papers' own numbers as data: what was printed, under which protocol, and why it is not ours to compare with.
 
-``published/<paper>.csv`` holds the numbers as printed and ``published/sources.json`` where they come from. A number
+``published/<paper>.csv`` holds the numbers as printed and ``published/<paper>.json`` where they come from. A number
 that looks like ours seldom is: another split, another Dice, another distance. The reason stands in each row.
 """
 
@@ -18,7 +18,8 @@ _FOLDER = files("medlib.results") / "published"
 @cache
 def sources() -> dict[str, dict[str, Any]]:
     """Per paper: title, venue, url, protocol, what its spread is over, and the rules behind the column ``reason``."""
-    return json.loads((_FOLDER / "sources.json").read_text(encoding="utf-8"))
+    found = sorted((file for file in _FOLDER.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
+    return {file.name.removesuffix(".json"): json.loads(file.read_text(encoding="utf-8")) for file in found}
 
 
 @cache

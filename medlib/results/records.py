@@ -44,7 +44,7 @@ class RunRecord:
       folder's name, ...}``; ``split`` the patients of each part
     - ``versions``, ``device``, ``command``: see `versions`; "cpu" or the GPU's name, and ", bf16-mixed" where not all
       was float32; the command that repeats the run
-    - ``seconds`` per stage, ``parameters`` the number of trainable parameters
+    - ``seconds`` per stage, ``parameters`` their number in all networks, heads and frozen ones included
     - ``val``, ``test``: the metrics of each case and class, or None, and then ``missing[part]`` says why
     - ``history``: the file of losses per step, relative to this record's folder, or None
     """

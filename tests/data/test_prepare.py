@@ -17,8 +17,6 @@ from medlib.data import (
     DataError,
     Protocol,
     VolumeProtocol,
-    dataset_info,
-    default_protocol,
     labelled_cases,
     learn_statistics,
     load_volume,
@@ -201,12 +199,6 @@ def test_a_protocol_refuses_nonsense(settings_, message):
 def test_a_volume_protocol_refuses_nonsense(spacing):
     with pytest.raises(ValueError, match=r"spacing must be \(z, y, x\)"):
         VolumeProtocol(spacing)
-
-
-def test_the_default_protocol_is_the_papers():
-    acdc = dataset_info("acdc")
-    assert default_protocol(acdc) == Protocol(352, 1.25, normalise="zscore")
-    assert default_protocol(dataclasses.replace(acdc, window=(-125, 275))).window == (-125, 275)
 
 
 # ---------------------------------------------------------------------------------------------------- intensities

@@ -42,7 +42,7 @@ def test_numbers_are_the_printed_ones(row, number):
 
 def test_every_row_is_whole():
     rows = published()
-    assert set(rows["paper"]) == {"coral", "ideal", "mona", "dacl", "dvcl"} == set(sources())
+    assert set(rows["paper"]) == set(sources()) >= {"coral", "ideal", "mona", "dacl", "dvcl"}
     key = ["paper", "table", "method", "dataset", "setting", "metric", "structure"]
     assert not rows.duplicated(key).any(), rows[rows.duplicated(key)]
     assert rows["value"].notna().all() and (rows["source"] != "").all()
