@@ -28,7 +28,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from medlib.losses.contrastive import check_shapes, check_temperature, full_precision, unit_vectors
+from medlib.losses.contrastive import (
+    check_counts,
+    check_mask,
+    check_shapes,
+    check_temperature,
+    full_precision,
+    unit_vectors,
+)
 
 DIRECTION = 2.0**-26
 """Entries of a direction are multiples of this; a sum of products then has at most 53 bits, and float64 has 53."""
@@ -313,7 +320,7 @@ def inlier_queries(features: Tensor, queries: Tensor, neighbors: Tensor, wide: i
     Other arguments as for `neighbor_affinity`. Every query is an inlier when ``wide`` is the size of the pool, and with
     U >= K every query with a mutual neighbour is. Source: DVCL eq. 15, "U significantly larger than K".
     """
-    _check_wide(wide)
+    check_counts(wide=wide)
     return (reverse_rank(features, queries, neighbors, block=block) < wide).any(dim=1)
 
 
@@ -323,7 +330,7 @@ def partition_neighbors(
     """`neighbor_affinity` (Q, k) and `inlier_queries` (Q,) from one search instead of two."""
     check_shapes(queries=(queries, "Q"), neighbors=(neighbors, "QK"))
     _check_fraction(ordinary=ordinary)
-    _check_wide(wide)
+    check_counts(wide=wide)
     rank = reverse_rank(features, queries, neighbors, block=block)
     return _affinity(rank < neighbors.shape[1], ordinary, features), (rank < wide).any(dim=1)
 
@@ -472,7 +479,7 @@ def distance_aware_loss(
     if keep is None:
         return terms.sum() / max(len(terms), 1)
     check_shapes(queries=(queries, "Q"), keep=(keep, "Q"))
-    _check_bool(keep=keep)
+    check_mask(keep=keep)
     return terms.masked_fill(~keep, 0).sum() / keep.sum().clamp(min=1)
 
 
@@ -639,7 +646,7 @@ def complementary_label_loss(
     check_shapes(anchors=(anchors, "MD"), labels=(labels, "M"), prototypes=(prototypes, "CD"),
                  unreliable=(unreliable, "PD"), complementary=(complementary, "PC"))  # fmt: skip
     _check_indices(labels=labels)
-    _check_bool(complementary=complementary)
+    check_mask(complementary=complementary)
     check_temperature(temperature)
     unit, prototypes = unit_vectors(anchors), unit_vectors(prototypes)
     to_centre = (unit * prototypes[labels]).sum(dim=1, keepdim=True) / temperature  # (M, 1)
@@ -669,12 +676,6 @@ def _check_indices(**expected: Tensor) -> None:
             raise ValueError(f"{name} must be int64, got {tensor.dtype}")
 
 
-def _check_bool(**expected: Tensor) -> None:
-    for name, tensor in expected.items():
-        if tensor.dtype != torch.bool:
-            raise ValueError(f"{name} must be bool, got {tensor.dtype}")
-
-
 def _check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -684,8 +685,3 @@ def _check_fraction(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {value}")
-
-
-def _check_wide(wide: int) -> None:
-    if wide < 1:
-        raise ValueError(f"wide must be at least 1, got {wide}")

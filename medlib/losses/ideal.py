@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from medlib.losses.contrastive import check_shapes, check_temperature, full_precision, unit_vectors
+from medlib.losses.contrastive import check_mask, check_shapes, check_temperature, full_precision, unit_vectors
 from medlib.losses.segmentation import cross_entropy_loss
 
 CHUNK = 2**22
@@ -179,8 +179,7 @@ def local_contrastive_loss(
         raise ValueError("queue and queue_valid belong together: give both or neither")
     if queue is not None and queue_valid is not None:
         check_shapes(query=(query, "BDhw"), queue=(queue, "KD"), queue_valid=(queue_valid, "BK"))
-        if queue_valid.dtype != torch.bool:
-            raise ValueError(f"queue_valid must be bool, got {queue_valid.dtype}")
+        check_mask(queue_valid=queue_valid)
     if images is not None:
         check_shapes(query=(query, "BDhw"), images=(images, "B"))
         if images.is_floating_point():  # NaN would make an image its own negative

@@ -17,12 +17,7 @@ from medlib.data.batches import TrainingData
 from medlib.losses.contrastive import COLDEST
 from medlib.losses.dvcl import complementary_label_loss, complementary_labels, entropy_from_logits
 from medlib.methods.base import Streams, check_range, check_whole, register
-from medlib.methods.cotraining import (
-    CotrainingWork,
-    Taught,
-    TaughtWork,
-    Teacher,
-)
+from medlib.methods.cotraining import CotrainingWork, Taught, TaughtWork, Teacher
 from medlib.methods.sampling import spread_by_class, spread_sample, voxels_of
 from medlib.nets import UNet, pixel_head
 

@@ -34,6 +34,7 @@ from medlib.losses.dacl import (
 from medlib.rng import generator
 from tests.benchmarks.bench_coral import peak_megabytes, timed
 from tests.benchmarks.bench_dacl import density_from_tables, density_sum, features_and_banks
+from tests.losses.masked import assert_leaves_no_trace
 
 
 def at_angles(*degrees: float) -> torch.Tensor:
@@ -813,21 +814,7 @@ def test_what_a_mask_leaves_out_may_hold_anything(anything):
         (lambda f, g: intra_class_variation_loss(f, g, masks), (first, second), (anywhere, anywhere)),
     ]  # fmt: skip
     for loss, given_, kept in cases:
-        clean = [x.clone().requires_grad_() for x in given_]
-        broken = [
-            torch.where(torch.as_tensor(k), x, anything).requires_grad_() for k, x in zip(kept, given_, strict=True)
-        ]
-        assert any(not x.isfinite().all() for x in broken)
-        expected, found = loss(*clean), loss(*broken)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-        for one, other in zip(
-            torch.autograd.grad(found, broken, allow_unused=True),
-            torch.autograd.grad(expected, clean, allow_unused=True),
-            strict=True,
-        ):
-            assert (one is None) == (other is None)
-            if one is not None:
-                torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert_leaves_no_trace(loss, given_, kept, anything)
 
 
 @every_function

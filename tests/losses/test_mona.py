@@ -36,6 +36,7 @@ from medlib.losses.mona import (
 )
 from tests.benchmarks.bench_coral import peak_megabytes
 from tests.benchmarks.bench_mona import batch, contrast_dense, contrast_sampled, draw, step
+from tests.losses.masked import assert_leaves_no_trace
 from tests.methods import test_mona as method
 
 E1, E2 = [1.0, 0.0], [0.0, 1.0]
@@ -578,21 +579,7 @@ def test_what_a_mask_leaves_out_may_hold_anything(anything):
         (lambda *x: equivariance_loss(*x, inside), pair, (kept_pixels, one_pixel)),
         (lambda *x: equivariance_loss(*x, inside.float(), one_way=True, per_image=True), pair, (True, kept_pixels)),
     ):  # fmt: skip
-        clean = [x.clone().requires_grad_() for x in given_]
-        broken = [
-            torch.where(torch.as_tensor(k), x, anything).requires_grad_() for k, x in zip(kept, given_, strict=True)
-        ]
-        assert any(not x.isfinite().all() for x in broken)
-        expected, found = loss(*clean), loss(*broken)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-        for one, other in zip(
-            torch.autograd.grad(found, broken, allow_unused=True),
-            torch.autograd.grad(expected, clean, allow_unused=True),
-            strict=True,
-        ):
-            assert (one is None) == (other is None)
-            if one is not None:
-                torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert_leaves_no_trace(loss, given_, kept, anything)
 
 
 def test_finite_at_the_coldest_temperature():
