@@ -1,7 +1,10 @@
 """Where things are: the project's folders, and what a relative path means."""
 
+import contextlib
 import os
 import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -32,6 +35,22 @@ def shorten(path: str | os.PathLike[str]) -> str:
     if absolute.is_relative_to(Path.home()):
         return str(Path("~") / absolute.relative_to(Path.home()))
     return str(absolute)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file of the same suffix beside ``path`` to write to. It takes the place of ``path`` in one step, on the disk.
+
+    Where the block raises, or is killed, ``path`` is what it was: nobody ever reads half a file.
+    """
+    unfinished = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield unfinished
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path, name: str) -> None:

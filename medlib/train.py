@@ -8,9 +8,7 @@ checkpoint: pre-training that sees no label is done once for all label ratios.
 import contextlib
 import hashlib
 import json
-import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -28,6 +26,7 @@ from tqdm.auto import tqdm
 from medlib.data.batches import TrainingData
 from medlib.methods.base import Method, Stage, Streams
 from medlib.nets import channels_last, recompute_levels, seeded_init
+from medlib.paths import written_whole
 from medlib.rng import stream_seed
 
 CHECKPOINT = "checkpoint.pt"
@@ -272,7 +271,8 @@ class _Loop:
             return StageResult(self.stage.name, key, self.folder, self.stage.steps, saved["seconds"], reused=True)
         settings = {"method": self.method.name, "seed": self.seed, **self.stage.describe()}
         if self.fabric.is_global_zero:
-            _write_text(self.folder / "stage.json", json.dumps(settings, indent=2, default=str) + "\n")
+            with written_whole(self.folder / "stage.json") as unfinished:
+                unfinished.write_text(json.dumps(settings, indent=2, default=str) + "\n")
         with _own_randomness(self.seed, self.stage.name, self.fabric.device), _interruptible() as interrupted:
             self.interrupted = interrupted
             self._train(saved)
@@ -435,11 +435,13 @@ class _Loop:
                     "number, and was not kept. A lower learning rate is the usual cure."
                 )
             state = {name: state[name] for name in ("step", "seconds", "networks")}
-        _write_state(self.folder / CHECKPOINT, state)
+        with written_whole(self.folder / CHECKPOINT) as unfinished:
+            torch.save(state, unfinished)
 
     def _keep(self) -> None:
         if self.step in self.keep and self.fabric.is_global_zero:
-            _write_state(self.folder / _kept(self.step), {"networks": self.networks.state_dict()})
+            with written_whole(self.folder / _kept(self.step)) as unfinished:
+                torch.save({"networks": self.networks.state_dict()}, unfinished)
 
     def _load(self) -> dict[str, Any] | None:
         path = self.folder / CHECKPOINT
@@ -481,7 +483,8 @@ class _Loop:
         self.step, self.seconds = saved["step"], saved["seconds"]
         lines = StageResult(self.stage.name, "", self.folder, 0, 0.0, False).history()
         kept = [json.dumps(line) for line in lines if line["step"] <= self.step]
-        _write_text(self.folder / METRICS, "".join(line + "\n" for line in kept))
+        with written_whole(self.folder / METRICS) as unfinished:
+            unfinished.write_text("".join(line + "\n" for line in kept))
 
 
 @contextlib.contextmanager
@@ -527,22 +530,3 @@ def _object(text: str) -> dict[str, Any]:
 
 def _kept(step: int) -> str:
     return f"step-{step}.pt"
-
-
-def _write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """``torch.save`` that leaves a whole file or none."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

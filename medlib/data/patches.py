@@ -5,8 +5,6 @@ found once and kept beside the label.
 """
 
 import contextlib
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medlib.data.prepare import UNLABELLED, Prepared
+from medlib.paths import written_whole
 
 VOXELS = 10_000  # of a class and volume that patches are centred on; nnU-Net keeps as many
 FOREGROUND = "foreground.npy"
@@ -50,12 +49,9 @@ def _foreground(label: np.ndarray) -> np.ndarray:
         known: np.ndarray = np.load(path)
         return known
     found = foreground_voxels(label)
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.npy")
-    try:
+    # a cache that is full or read-only costs time, nothing else
+    with contextlib.suppress(OSError), written_whole(path) as unfinished:
         np.save(unfinished, found)
-        os.replace(unfinished, path)
-    except OSError:  # a cache that is full or read-only costs time, nothing else
-        unfinished.unlink(missing_ok=True)
     return found
 
 

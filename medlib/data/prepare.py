@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..paths import resolve
+from ..paths import resolve, written_whole
 from .cases import Case, DataError, slice_positions
 from .readers import load_volume
 
@@ -385,9 +385,8 @@ def learn_statistics(
         values.clip(*cut, out=values)
     learnt = Statistics(cut, float(values.mean()), float(values.std()))
     folder.mkdir(exist_ok=True)
-    unfinished = folder / f".{path.name}-{uuid.uuid4().hex}"
-    unfinished.write_text(json.dumps(dataclasses.asdict(learnt)))
-    os.replace(unfinished, path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(dataclasses.asdict(learnt)))
     return learnt
 
 

@@ -14,7 +14,7 @@ from medlib.explore.embedding import embedding_explorer
 from medlib.explore.history import history_explorer
 from medlib.explore.pixels import to_gray
 from medlib.explore.show import Explorer
-from medlib.paths import DATA, make_folder, resolve, shorten
+from medlib.paths import DATA, make_folder, resolve, shorten, written_whole
 
 if TYPE_CHECKING:  # opening a recorded file needs neither torch nor MONAI
     from medlib.experiment import Outcome
@@ -100,13 +100,8 @@ class RecordedRun:
             column = np.asarray(values)
             arrays[f"column/{i}"] = column.astype(np.float16) if column.dtype.kind == "f" else column
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with open(unfinished, "wb") as file:
-                np.savez_compressed(file, allow_pickle=False, **arrays)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with written_whole(path) as unfinished:
+            np.savez_compressed(unfinished, allow_pickle=False, **arrays)
         return path
 
     @classmethod

@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -23,7 +22,7 @@ import pandas as pd
 from medlib.data.splits import Split
 from medlib.evaluate import METRICS, Evaluation
 from medlib.methods import SCALES, Method, available, build
-from medlib.paths import PROJECT
+from medlib.paths import PROJECT, written_whole
 from medlib.results.statistics import mean_std
 
 SCHEMA = 1
@@ -129,15 +128,8 @@ class RunRecord:
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.name[:100], suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(unfinished, 0o644)
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
+        with written_whole(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
         return path
 
 

@@ -71,7 +71,7 @@ def test_what_is_written_is_read_back(tmp_path):
     bare = RecordedRun.load(made_up(labels=None, groups=None, predictions={}, columns={}).save(tmp_path / "b.npz"))
     assert bare.labels is None and bare.groups is None and not bare.predictions and not bare.columns
     assert (tmp_path / "a" / "run.npz").read_bytes() == made_up().save(tmp_path / "c.npz").read_bytes()
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert {path.name for path in tmp_path.rglob("*.*")} == {"run.npz", "b.npz", "c.npz"}
 
 
 def test_collapsed_embeddings_keep_their_differences(tmp_path):
