@@ -18,7 +18,7 @@ from medlib.augment import (
     _thin_plate_basis,
 )
 from medlib.rng import generator
-from tests.methods.test_cotraining import NoWaiting
+from tests.no_waiting import NoWaiting
 
 SIDE = 64
 EVERY = {

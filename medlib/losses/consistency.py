@@ -1,8 +1,8 @@
 """What semi-supervised baselines ask of unlabelled images: one function for each, from the paper that proposed it.
 
 All of them compare predictions of the same pixels and differ in whose prediction is the target: an averaged network
-(mean teacher, UA-MT, ICT), a second network (CPS, deep co-training), other parts of the same network (URPC, CCT), or
-the prediction itself (entropy minimisation).
+(mean teacher, UA-MT, ICT, pseudo-labels), a second network (CPS, deep co-training), other parts of the same network
+(URPC, CCT), or the prediction itself (entropy minimisation).
 
 ``logits`` are (B, C, ...) with one or more spatial axes, ``target`` are probabilities of the same shape. A target gets
 no gradient unless a function says so. With nothing to compare a loss is 0 and still attached to its first argument.
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from medlib.losses.contrastive import full_precision
 from medlib.losses.dvcl import entropy_from_logits
+from medlib.losses.segmentation import check_labels, cross_entropy_loss
 
 LOWEST = -1e4  # of a log probability: exp(-104) is already 0 in float32
 
@@ -66,16 +67,56 @@ def uncertainty_threshold(ramp: Tensor, classes: int) -> Tensor:
 
 
 @full_precision
-def cross_pseudo_supervision_loss(first_logits: Tensor, second_logits: Tensor) -> Tensor:
+def cross_pseudo_supervision_loss(first_logits: Tensor, second_logits: Tensor, confidence: float = 0.0) -> Tensor:
     """Each network learns the other's decisions: CE(first, argmax second) + CE(second, argmax first), in nats.
 
-    ``first_logits``, ``second_logits`` (B, C, ...); each cross-entropy is a mean over pixels.
+    ``first_logits``, ``second_logits`` (B, C, ...); each cross-entropy is a mean over pixels. A decision with a
+    probability below ``confidence``, in [0, 1), is not looked at: 0, as in the paper, takes all.
     Source: CPS (Chen et al., CVPR 2021), eq. 3 (section 3.1).
     """
     _check_alike(first_logits=first_logits, second_logits=second_logits)
-    pairs = (first_logits, second_logits), (second_logits, first_logits)
-    terms = [F.cross_entropy(mine, other.detach().argmax(dim=1), reduction="sum") for mine, other in pairs]
-    return (terms[0] + terms[1]) / max(first_logits[:, 0].numel(), 1)
+    if not 0 <= confidence < 1:
+        raise ValueError(f"confidence must be in [0, 1), got {confidence}")
+    first, second = (_decisions(logits.detach(), confidence) for logits in (first_logits, second_logits))
+    return cross_entropy_loss(first_logits, second) + cross_entropy_loss(second_logits, first)
+
+
+def _decisions(logits: Tensor, confidence: float) -> Tensor:
+    """The likeliest class (B, ...) of logits (B, C, ...), -1 where its probability is below ``confidence``."""
+    probability, decision = logits.softmax(dim=1).max(dim=1)
+    return decision.masked_fill(probability < confidence, -1)
+
+
+def pseudo_label_loss_by_definition(
+    logits: Tensor, labels: Tensor, confidence: Tensor, threshold: float = 0.97
+) -> float:
+    """ReCo's pseudo-label loss pixel by pixel, for (B, C, H, W)."""
+    total, count = 0.0, 0
+    for z, y, s in zip(logits.log_softmax(dim=1), labels, confidence, strict=True):
+        pixels = [(i, j) for i in range(y.shape[0]) for j in range(y.shape[1]) if y[i, j] != -1]
+        sure = sum(s[i, j].item() >= threshold for i, j in pixels)
+        total += sum(-z[y[i, j], i, j].item() * sure / len(pixels) for i, j in pixels)
+        count += len(pixels)
+    return total / count
+
+
+@full_precision
+def pseudo_label_loss(logits: Tensor, labels: Tensor, confidence: Tensor, threshold: float = 0.97) -> Tensor:
+    """Cross-entropy with pseudo-labels; an image counts by the share of its pixels that the teacher is sure of.
+
+    ``logits`` (B, C, ...); ``labels`` (B, ...) int, -1 for a pixel left out; ``confidence`` (B, ...) in [0, 1], the
+    teacher's probability of its label, sure from ``threshold`` on. Mean over the pixels with a label.
+    Source: ReCo (arXiv 2104.04465), from which MONA's released code has it; MONA names the term without a formula.
+    """
+    if confidence.shape != labels.shape:
+        raise ValueError(f"confidence must be {tuple(labels.shape)} as labels, got {tuple(confidence.shape)}")
+    check_labels(logits, labels)
+    labels = labels.long()  # before any comparison: a uint8 of 255 is not -1
+    there = labels != -1
+    sure = (there & (confidence >= threshold)).flatten(1).sum(dim=1).to(logits.dtype)
+    sure = sure / there.flatten(1).sum(dim=1).clamp(min=1)  # (B,)
+    terms = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")  # (B, ...)
+    return (terms * sure.view(-1, *[1] * (terms.ndim - 1))).sum() / there.sum().clamp(min=1)
 
 
 def entropy_minimization_loss(logits: Tensor) -> Tensor:

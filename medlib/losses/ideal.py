@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from medlib.losses.consistency import cross_pseudo_supervision_loss
 from medlib.losses.contrastive import check_mask, check_shapes, check_temperature, full_precision, unit_vectors
 from medlib.losses.segmentation import cross_entropy_loss
 
@@ -258,22 +259,13 @@ def cross_consistency_loss(
     at, or None. With CE the mean over pixels of -log softmax(logits)[y],
 
         labelled    CE(p1, m) + CE(p2, m)
-        unlabelled  CE(p1, y2) + CE(p2, y1),  y = argmax of the other branch, without gradient
+        unlabelled  CE(p1, y2) + CE(p2, y1),  y = argmax of the other branch, without gradient: CPS
 
     The paper draws sigmoids "thresholded to one-hot", which leaves pixels without any class; softmax and argmax do not.
     A decision with a probability below ``confidence``, in [0, 1), is not looked at: 0, as in the paper, takes all.
     Source: IDEAL eq. 3.
     """
     check_shapes(first_logits=(first_logits, "BKHW"), second_logits=(second_logits, "BKHW"))
-    if not 0 <= confidence < 1:
-        raise ValueError(f"confidence must be in [0, 1), got {confidence}")
-    if labels is not None:
-        return cross_entropy_loss(first_logits, labels) + cross_entropy_loss(second_logits, labels)
-    first, second = (_decisions(logits.detach(), confidence) for logits in (first_logits, second_logits))
-    return cross_entropy_loss(first_logits, second) + cross_entropy_loss(second_logits, first)
-
-
-def _decisions(logits: Tensor, confidence: float) -> Tensor:
-    """The likeliest class (B, H, W) of logits (B, K, H, W), -1 where its probability is below ``confidence``."""
-    probability, decision = logits.softmax(dim=1).max(dim=1)
-    return decision.masked_fill(probability < confidence, -1)
+    if labels is None:
+        return cross_pseudo_supervision_loss(first_logits, second_logits, confidence)
+    return cross_entropy_loss(first_logits, labels) + cross_entropy_loss(second_logits, labels)

@@ -15,7 +15,7 @@ from medlib.losses.contrastive import full_precision
 @full_precision
 def cross_entropy_loss(logits: Tensor, labels: Tensor, ignore_index: int = -1) -> Tensor:
     """Mean over the labelled pixels of -log softmax(logits)[label], in nats. Shapes as in the module's docstring."""
-    _check(logits, labels)
+    check_labels(logits, labels)
     labels = labels.long()  # before any comparison: a uint8 of 255 is not -1
     labelled = (labels != ignore_index).sum().clamp(min=1)
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / labelled
@@ -32,7 +32,7 @@ def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int = -1) -> Tensor:
     Squared denominators, background included, one sum per batch: the convention of the SSL4MIS code and of the papers
     built on it. Other conventions (no squares, or a Dice per image) give other numbers.
     """
-    _check(logits, labels)
+    check_labels(logits, labels)
     labels = labels.long()  # before any comparison: a uint8 of 255 is not -1
     classes = logits.shape[1]
     labelled = (labels != ignore_index)[:, None]  # (B, 1, ...)
@@ -50,7 +50,8 @@ def supervised_loss(
     return dice_weight * dice_loss(logits, labels, ignore_index) + cross_entropy_weight * cross_entropy
 
 
-def _check(logits: Tensor, labels: Tensor) -> None:
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raise ``ValueError`` unless ``labels`` (B, ...) are class ids of the pixels of ``logits`` (B, C, ...)."""
     if logits.ndim < 3 or labels.shape != (logits.shape[0], *logits.shape[2:]):
         raise ValueError(
             f"expected logits (B, C, ...) and labels (B, ...) of the same pixels; "

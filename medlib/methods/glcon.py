@@ -25,16 +25,8 @@ from torch import Tensor, nn
 from medlib.augment import StrongAugmentation
 from medlib.banks import FeatureBank
 from medlib.data.batches import TrainingData
-from medlib.losses.contrastive import (
-    COLDEST,
-    check_counts,
-    check_mask,
-    check_shapes,
-    check_temperature,
-    full_precision,
-    nt_xent_loss,
-    unit_vectors,
-)
+from medlib.losses.contrastive import COLDEST, nt_xent_loss
+from medlib.losses.instance import prediction_loss, queue_contrastive_loss
 from medlib.losses.mona import instance_discrimination_loss, local_instance_discrimination_loss, local_windows
 from medlib.methods.base import Streams, Work, check_choices, check_range, check_whole
 from medlib.methods.cotraining import (
@@ -47,53 +39,6 @@ from medlib.nets import UNet
 
 FRAMEWORKS = ("glcon", "moco", "knn_moco", "simclr", "byol", "isd", "none")
 VIEWS = ("weak", "strong")
-NEIGHBOR_WEIGHT = 0.4  # of the neighbours' part in the loss of kNN-MoCo, as in its paper
-
-# ---- losses of the rivals
-
-
-@full_precision
-def queue_contrastive_loss(
-    query: Tensor, positive: Tensor, queue: Tensor, temperature: float = 0.2, *, valid: Tensor, neighbors: int = 0
-) -> Tensor:
-    """MoCo: each query (B, D) names its positive (B, D) among it and the entries of a queue (K, D); cosine.
-
-    ``valid`` (K,) bool leaves slots out that nothing was pushed to, whatever they hold. With ``neighbors`` the entries
-    that are nearest to the positive are positives, too: `NEIGHBOR_WEIGHT` times the mean of their cross-entropies is
-    added (kNN-MoCo). Only the query gets a gradient. Mean over the queries.
-    """
-    check_shapes(query=(query, "BD"), positive=(positive, "BD"), queue=(queue, "KD"))
-    check_shapes(queue=(queue, "KD"), valid=(valid, "K"))
-    check_mask(valid=valid)
-    check_temperature(temperature)
-    if neighbors:
-        check_counts(neighbors=neighbors)
-    if len(query) == 0:
-        return (query * 0).sum()
-    queue = unit_vectors(torch.where(valid[:, None], queue.detach(), 0))
-    query, positive = unit_vectors(query), unit_vectors(positive.detach())
-    similarity = torch.cat([(query * positive).sum(dim=1, keepdim=True), query @ queue.T], dim=1) / temperature
-    lowest = torch.finfo(similarity.dtype).min / 4
-    candidates = torch.cat([valid.new_ones(1), valid])
-    log_share = similarity.masked_fill(~candidates, lowest).log_softmax(dim=1)  # (B, 1 + K)
-    loss = -log_share[:, 0].mean()
-    if neighbors:
-        nearness = (positive @ queue.T).masked_fill(~valid, -torch.inf)
-        nearest = nearness.topk(min(neighbors, len(queue)), dim=1).indices  # (B, k)
-        kept = valid[nearest]
-        terms = -log_share[:, 1:].gather(1, nearest).masked_fill(~kept, 0)
-        loss = loss + NEIGHBOR_WEIGHT * terms.sum() / kept.sum().clamp(min=1)
-    return loss
-
-
-@full_precision
-def prediction_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """BYOL: 2 - 2 cos between a prediction (B, D) and the teacher's embedding (B, D), detached; mean over B."""
-    check_shapes(prediction=(prediction, "BD"), target=(target, "BD"))
-    if len(prediction) == 0:
-        return (prediction * 0).sum()
-    return 2 - 2 * (unit_vectors(prediction) * unit_vectors(target.detach())).sum(dim=1).mean()
-
 
 # ---- settings
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medlib.augment import ThinPlateAugmentation, Warp
 from medlib.banks import ClassBanks, FeatureBank
 from medlib.data.batches import TrainingData
-from medlib.losses.contrastive import COLDEST, check_shapes, full_precision, unit_vectors
+from medlib.losses.consistency import pseudo_label_loss
+from medlib.losses.contrastive import COLDEST, unit_vectors
 from medlib.losses.dvcl import voxel_entropy
 from medlib.losses.mona import (
     anatomical_contrastive_loss,
@@ -33,21 +33,6 @@ from medlib.methods.glcon import Pretraining, TwoBranches, TwoBranchWork, logits
 from medlib.nets import UNet
 
 LEFT_OUT = -1  # the label of a pixel that no loss looks at
-
-
-@full_precision
-def pseudo_label_loss(logits: Tensor, labels: Tensor, confidence: Tensor, threshold: float = 0.97) -> Tensor:
-    """Cross-entropy with pseudo-labels; an image counts by the share of its pixels that the teacher is sure of.
-
-    ``logits`` (B, C, H, W); ``labels`` (B, H, W) int, -1 for a pixel left out; ``confidence`` (B, H, W), sure from
-    ``threshold`` on. Mean over the pixels with a label. The paper names the term without a formula; this is that of
-    ReCo (arXiv 2104.04465), from which the released code has it.
-    """
-    check_shapes(logits=(logits, "BCHW"), labels=(labels, "BHW"), confidence=(confidence, "BHW"))
-    there = labels != LEFT_OUT
-    sure = (there & (confidence >= threshold)).flatten(1).sum(dim=1) / there.flatten(1).sum(dim=1).clamp(min=1)  # (B,)
-    terms = F.cross_entropy(logits, labels, ignore_index=LEFT_OUT, reduction="none")  # (B, H, W)
-    return (terms * sure[:, None, None]).sum() / there.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)

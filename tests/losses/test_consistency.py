@@ -20,6 +20,8 @@ from medlib.losses.consistency import (
     mean_teacher_loss,
     mixed,
     perturbed_decoders_loss,
+    pseudo_label_loss,
+    pseudo_label_loss_by_definition,
     pyramid_consistency_loss,
     pyramid_consistency_loss_by_definition,
     uncertainty_aware_loss,
@@ -59,6 +61,7 @@ LOSSES = {
     "mean_teacher": lambda x: mean_teacher_loss(x, probabilities(x)),
     "uncertainty_aware": lambda x: uncertainty_aware_loss(x, probabilities(x), others(x)[1][:, 0].sigmoid(), 0.6),
     "cross_pseudo": lambda x: cross_pseudo_supervision_loss(x, others(x)[0]),
+    "pseudo_labels": lambda x: pseudo_label_loss(x, others(x)[0].argmax(dim=1), others(x)[1][:, 0].sigmoid(), 0.5),
     "entropy": entropy_minimization_loss,
     "interpolation": lambda x: interpolation_consistency_loss(
         x, probabilities(x), probabilities(x).flip(0), torch.full((len(x),), 0.3).to(x)
@@ -100,6 +103,18 @@ def test_cross_pseudo_supervision_golden():
     back = (math.log(5) + math.log(10)) / 2  # the first decides 0, 1
     loss = cross_pseudo_supervision_loss(first.log(), second.log())
     assert loss.item() == pytest.approx(forth + back, rel=1e-12)
+
+
+def test_pseudo_labels_golden():
+    """Two images of two pixels: one sure of half of its pixels, one of all that have a label."""
+    logits = torch.tensor([[[[0.0, 0.0]], [[0.0, 2.0]]], [[[1.0, 5.0]], [[0.0, -5.0]]]])  # (2, 2, 1, 2)
+    labels = torch.tensor([[[0, 1]], [[1, -1]]])
+    confidence = torch.tensor([[[0.97, 0.9]], [[0.99, 1.0]]])
+    first = math.log(2) + math.log(1 + math.exp(-2))
+    second = math.log(1 + math.e)
+    expected = (0.5 * first + 1.0 * second) / 3
+    assert pseudo_label_loss(logits, labels, confidence).item() == pytest.approx(expected, rel=1e-6)
+    assert pseudo_label_loss(logits, labels, confidence, threshold=1.0).item() == 0
 
 
 def test_entropy_golden():
@@ -161,6 +176,17 @@ def test_uncertainty_aware_is_its_formula(seed, shape, classes, threshold):
     expected = uncertainty_aware_loss_by_definition(logits, target, uncertainty, threshold)
     loss = uncertainty_aware_loss(logits, target, uncertainty, threshold)
     assert loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-15)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 4), st.floats(0, 1))
+def test_pseudo_labels_are_their_formula(seed, classes, threshold):
+    logits, labels = draw(seed, 3, 2, 3, classes=classes), draw(seed + 1, 3, 2, 3, classes=classes).argmax(dim=1) - 1
+    labels[:, 0, 0] = 0  # the formula needs a label in each image
+    confidence = draw(seed + 2, 3, 2, 3)[:, 0].sigmoid()
+    expected = pseudo_label_loss_by_definition(logits, labels, confidence, threshold)
+    loss = pseudo_label_loss(logits, labels, confidence, threshold)
+    assert loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-14)
 
 
 @settings(max_examples=15, deadline=None)
@@ -247,6 +273,8 @@ def test_who_learns_from_whom():
     assert gradients(interpolation_consistency_loss, first, p, q, share) == [True, False, False, False]
     assert gradients(perturbed_decoders_loss, torch.stack([first, third]), p) == [True, False]
     assert gradients(cross_pseudo_supervision_loss, first, second) == [True, True]
+    labels = second.argmax(dim=1)
+    assert gradients(lambda x, c: pseudo_label_loss(x, labels, c, 0.5), first, p[:, 0]) == [True, False]
     assert gradients(cotraining_agreement_loss, first, second) == [True, True]
     assert gradients(cotraining_diversity_loss, first, second, third, fourth) == [True] * 4
 
@@ -287,12 +315,27 @@ def test_no_certain_pixel_is_0_and_attached():
     assert value.item() == 0 and not logits.grad.any()
 
 
+def test_no_pixel_with_a_label_is_0_and_attached():
+    logits = draw(0, 2, 3, 4).requires_grad_()
+    loss = pseudo_label_loss(logits, torch.full((2, 3, 4), -1), torch.ones(2, 3, 4))
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_a_label_of_255_is_no_pixel_left_out():
+    with pytest.raises(IndexError):
+        pseudo_label_loss(draw(0, 2, 3, 4), torch.full((2, 3, 4), 255, dtype=torch.uint8), torch.ones(2, 3, 4))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda x: mean_teacher_loss(x, x[:1]), r"logits \(2, 3, 4, 4\), target \(1, 3, 4, 4\)"),
         (lambda x: uncertainty_aware_loss(x, x, x, 0.5), r"uncertainty must be \(2, 4, 4\), got \(2, 3, 4, 4\)"),
         (lambda x: cross_pseudo_supervision_loss(x, x[:, :2]), r"second_logits \(2, 2, 4, 4\)"),
+        (lambda x: cross_pseudo_supervision_loss(x, x, 1.0), r"confidence must be in \[0, 1\), got 1.0"),
+        (lambda x: pseudo_label_loss(x, x[:, 0].long(), x[:1, 0]), r"confidence must be \(2, 4, 4\) .* \(1, 4, 4\)"),
+        (lambda x: pseudo_label_loss(x, x[:, 0], x[:, 0]), "labels are class ids"),
         (lambda x: entropy_minimization_loss(x[:, 0, 0]), r"logits \(2, 4\)"),
         (lambda x: interpolation_consistency_loss(x, x, x[:1], x[:, 0, 0, 0]), r"second \(1, 3, 4, 4\)"),
         (lambda x: interpolation_consistency_loss(x, x, x, x[:1, 0, 0, 0]), "share"),
@@ -308,5 +351,6 @@ def test_wrong_shapes_are_refused_by_name(call, message):
 
 
 def test_every_loss_of_the_module_is_tested_here():
-    losses = {name for name, f in vars(consistency).items() if inspect.isfunction(f) and name.endswith("_loss")}
+    functions = {name: f for name, f in vars(consistency).items() if inspect.isfunction(f) and name.endswith("_loss")}
+    losses = {name for name, f in functions.items() if f.__module__ == consistency.__name__}
     assert losses <= set(globals())

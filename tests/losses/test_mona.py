@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from medlib.losses.contrastive import COLDEST
 from medlib.losses.mona import (
@@ -38,6 +37,7 @@ from tests.benchmarks.bench_coral import peak_megabytes
 from tests.benchmarks.bench_mona import batch, contrast_dense, contrast_sampled, draw, step
 from tests.losses.masked import assert_leaves_no_trace
 from tests.methods import test_mona as method
+from tests.no_waiting import NoWaiting
 
 E1, E2 = [1.0, 0.0], [0.0, 1.0]
 
@@ -1137,21 +1137,6 @@ def test_released_masks_without_unlabelled_images():
 
 
 # --- no step waits for the device ------------------------------------------------------------------------------------
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises at an operation whose result, or its size, the host has to wait for."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique", "is_nonzero", "equal", "bincount")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::")
-        boolean = name.startswith(("index.", "index_put")) and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        )
-        assert not boolean, f"{name} with a boolean index"
-        assert not name.startswith(self.WAITS), name
-        return func(*args, **(kwargs or {}))
 
 
 def test_no_waiting_sees_waits():

@@ -11,7 +11,6 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from medlib.augment import GeometricAugmentation
 from medlib.data import dataset_info
@@ -41,6 +40,7 @@ from medlib.methods.cotraining import Cotrained, MirroredPatches, Teacher, ramp_
 from medlib.nets import ssl4mis_unet, ssl4mis_unet_3d
 from medlib.rng import generator
 from medlib.train import make_fabric, predictor, train
+from tests.no_waiting import NoWaiting
 from tests.tiny import SIDE, training_data
 
 SETTINGS: dict[str, Any] = dict(scale="ci", image_size=SIDE, spacing=None, width=2)
@@ -329,16 +329,6 @@ def test_every_setting_and_the_name_are_part_of_the_stage():
     assert first.describe() != second.describe()
     (other,) = build("cps", **SETTINGS, on_labelled=False).stages(data)
     assert json.dumps(first.describe(), default=str) != json.dumps(other.describe(), default=str)
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails where the host would wait for the device: a number out of a tensor, a shape that depends on values."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").split(".")[0]
-        waiting = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique_dim", "_unique2"}
-        assert name not in waiting, f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 @every_case

@@ -27,7 +27,8 @@ from medlib.methods.dacl import NOBODY, Dacl, Rows
 from medlib.nets import UNet, pixel_head
 from medlib.rng import generator
 from medlib.train import make_fabric, predictor
-from tests.methods.test_cotraining import PATCH, SETTINGS, NoWaiting, begin, losses, run, same, step
+from tests.methods.test_cotraining import PATCH, SETTINGS, begin, losses, run, same, step
+from tests.no_waiting import NoWaiting
 from tests.tiny import SIDE, training_data
 
 ROWS: dict[str, dict[str, Any]] = {

@@ -45,7 +45,8 @@ from medlib.methods.sampling import spread_by_class, spread_sample, voxels_of
 from medlib.nets import pixel_head
 from medlib.rng import generator
 from medlib.train import make_fabric, predictor, train
-from tests.methods.test_cotraining import NoWaiting, begin, losses, run, same, step
+from tests.methods.test_cotraining import begin, losses, run, same, step
+from tests.no_waiting import NoWaiting
 from tests.tiny import SIDE, training_data
 
 PATCH = (16, 32, 32)

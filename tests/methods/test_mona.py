@@ -21,7 +21,9 @@ from medlib.augment import (
     ThinPlateAugmentation,
 )
 from medlib.data.batches import TrainingData
-from medlib.losses.contrastive import info_nce_loss, nt_xent_loss
+from medlib.losses.consistency import pseudo_label_loss
+from medlib.losses.contrastive import nt_xent_loss
+from medlib.losses.instance import prediction_loss, queue_contrastive_loss
 from medlib.losses.mona import (
     class_relation_distribution,
     equivariance_loss,
@@ -32,12 +34,11 @@ from medlib.losses.mona import (
 )
 from medlib.losses.segmentation import supervised_loss
 from medlib.methods import SCALES, Streams, available, build, mona
-from medlib.methods.glcon import NEIGHBOR_WEIGHT, prediction_loss, queue_contrastive_loss
-from medlib.methods.mona import pseudo_label_loss
 from medlib.nets import ssl4mis_unet
 from medlib.rng import generator
 from medlib.train import Trained, make_fabric, predictor, train
-from tests.methods.test_cotraining import NoWaiting, losses, same
+from tests.methods.test_cotraining import losses, same
+from tests.no_waiting import NoWaiting
 from tests.tiny import SIDE, training_data
 
 SETTINGS = dict(scale="ci", image_size=SIDE, spacing=None, width=2, pretrain_steps=3, steps=3)
@@ -325,84 +326,6 @@ def test_exactly_what_a_stage_trains_gets_a_gradient(stage, settings):
     assert moved == complete == expected
     pulled = stage == "pretrain" and settings.get("variant") == "released"
     assert any(p.grad is not None for p in work.teacher.parameters()) == pulled
-
-
-# --- losses of the rivals --------------------------------------------------------------------------------------------
-
-
-def vectors(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=stream(seed), dtype=torch.float64)
-
-
-def test_moco_is_info_nce_on_a_queue():
-    query, positive, queue = vectors(3, 5), vectors(3, 5, seed=1), vectors(7, 5, seed=2)
-    full = torch.ones(7, dtype=torch.bool)
-    torch.testing.assert_close(
-        queue_contrastive_loss(query, positive, queue, 0.3, valid=full), info_nce_loss(query, positive, queue, 0.3)
-    )
-    half = torch.arange(7) < 4
-    torch.testing.assert_close(
-        queue_contrastive_loss(query, positive, queue, 0.3, valid=half), info_nce_loss(query, positive, queue[:4], 0.3)
-    )
-    assert queue_contrastive_loss(query, positive, queue, 0.3, valid=full & False, neighbors=2).item() == 0
-
-
-@pytest.mark.parametrize("neighbors", [1, 3, 99])
-def test_knn_moco_in_a_loop(neighbors):
-    query, positive, queue = vectors(3, 5), vectors(3, 5, seed=1), vectors(7, 5, seed=2)
-    valid = torch.tensor([True, True, False, True, True, True, False])
-    entries = queue[valid]
-    expected = info_nce_loss(query, positive, entries, 0.5).item()
-    extra = []
-    for q, p in zip(query, positive, strict=True):
-        candidates = [math.exp(torch.cosine_similarity(q, e, dim=0).item() / 0.5) for e in [p, *entries]]
-        order = sorted(range(len(entries)), key=lambda j, p=p: -torch.cosine_similarity(p, entries[j], dim=0).item())
-        extra += [-math.log(candidates[1 + j] / sum(candidates)) for j in order[:neighbors]]
-    expected += NEIGHBOR_WEIGHT * sum(extra) / len(extra)
-    found = queue_contrastive_loss(query, positive, queue, 0.5, valid=valid, neighbors=neighbors)
-    assert found.item() == pytest.approx(expected, rel=1e-10)
-
-
-def test_the_rivals_losses_reach_the_student_alone():
-    query, positive, queue = (vectors(3, 5, seed=s).requires_grad_() for s in range(3))
-    valid = torch.tensor([True, True, False])
-    queue_contrastive_loss(query, positive, queue, valid=valid, neighbors=1).backward()
-    assert query.grad.abs().sum() > 0 and positive.grad is None and queue.grad is None
-    assert torch.autograd.gradcheck(
-        lambda q: queue_contrastive_loss(q, positive.detach(), queue.detach(), 0.5, valid=valid, neighbors=1), query
-    )
-    first, second = (vectors(3, 5, seed=s).requires_grad_() for s in range(2))
-    prediction_loss(first, second).backward()
-    assert first.grad.abs().sum() > 0 and second.grad is None
-
-
-def test_byols_loss_at_right_angles_and_in_line():
-    first = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
-    assert prediction_loss(first, torch.tensor([[0.0, 1.0], [0.0, 9.0]])).item() == pytest.approx((2 + 0) / 2)
-    assert prediction_loss(first, -first).item() == pytest.approx(4)
-    with pytest.raises(ValueError, match="target"):
-        prediction_loss(first, first[:1])
-
-
-def test_pseudo_labels_by_hand():
-    """Two images of two pixels: one sure of half of its pixels, one of all that have a label."""
-    logits = torch.tensor([[[[0.0, 0.0]], [[0.0, 2.0]]], [[[1.0, 5.0]], [[0.0, -5.0]]]])  # (2, 2, 1, 2)
-    labels = torch.tensor([[[0, 1]], [[1, -1]]])
-    confidence = torch.tensor([[[0.97, 0.9]], [[0.99, 1.0]]])
-    first = math.log(2) + math.log(1 + math.exp(-2))
-    second = math.log(1 + math.e)
-    expected = (0.5 * first + 1.0 * second) / 3
-    assert pseudo_label_loss(logits, labels, confidence).item() == pytest.approx(expected, rel=1e-6)
-    assert pseudo_label_loss(logits, labels, confidence, threshold=1.0).item() == 0
-
-
-def test_pseudo_labels_without_a_pixel_are_an_attached_zero():
-    logits = torch.randn(2, 3, 4, 4, generator=stream(), requires_grad=True)
-    loss = pseudo_label_loss(logits, torch.full((2, 4, 4), -1), torch.ones(2, 4, 4))
-    loss.backward()
-    assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
-    with pytest.raises(ValueError, match="confidence"):
-        pseudo_label_loss(logits, torch.zeros(2, 4, 4, dtype=torch.long), torch.ones(2, 4, 5))
 
 
 # --- pre-training ----------------------------------------------------------------------------------------------------
