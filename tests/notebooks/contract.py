@@ -175,6 +175,16 @@ def has_summary(path: Path, notebook: Notebook) -> Iterator[str]:
         yield f"{len(tagged)} cells tagged 'summary', expected one, with the table of the run as text"
 
 
+def answers_are_folded(path: Path, notebook: Notebook) -> Iterator[str]:
+    """After a "Predict" the number, in bold, is behind a click: <details> ... </details>."""
+    for index, cell in enumerate(notebook["cells"]):
+        _, asked, rest = source(cell).partition("Predict")
+        if cell["cell_type"] == "markdown" and asked:
+            bare = re.sub(r"<details>.*?</details>", "", rest, flags=re.DOTALL)
+            if told := re.search(r"\*\*[−-]?\d+\.\d{3,}\*\*", bare):
+                yield f"cell {index} asks for a prediction and tells {told[0]} at once: fold it into <details>"
+
+
 def is_listed(path: Path, notebook: Notebook) -> Iterator[str]:
     """The README beside the folder of notebooks names it."""
     readme = path.parent.parent / "README.md"
@@ -208,7 +218,7 @@ def exercises(notebook: Notebook) -> set[str]:
 
 RULES: tuple[Callable[[Path, Notebook], Iterator[str]], ...] = (
     has_parameters, starts, was_run, names_no_machine, cells_are_short, figures_have_pictures, runs_headless,
-    has_summary, is_listed, has_solutions,
+    has_summary, answers_are_folded, is_listed, has_solutions,
 )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def good() -> list[dict]:
         prose("# An example"),
         code(PARAMETERS, tags=("parameters",)),
         code("from medlib.notebook import check, start\n\nsession = start(globals())"),
-        prose("A figure."),
+        prose("A figure. **Predict** it.\n\n<details><summary>Answer</summary>\n\n**0.567**.\n\n</details>"),
         code(
             "figure.show()",
             shown(**{PLOTLY: {"data": []}, "image/png": "iVBOR/tmp/w0KGgo=", "text/plain": ["Figure"]}),
@@ -144,6 +144,7 @@ ERROR = {"output_type": "error", "ename": "KeyError", "evalue": "x", "traceback"
         (lambda cells: cells[4]["metadata"].clear(), "cell 4: plotly JSON without the tag"),
         (lambda cells: cells[6]["metadata"].clear(), "0 cells tagged 'summary'"),
         (lambda cells: cells[6]["outputs"].clear(), "1 cells tagged 'summary', expected one, with the table"),
+        (retext(3, "</details>", "</details> Minus **−0.567**."), r"tells \*\*−0.567"),
         (lambda cells: cells.append(code("interact(draw, x=3)")), r"cell 7: interact\(\) hangs"),
         (lambda cells: cells.append(code("out = widgets.Output()")), r"cell 7: Output\(\) hangs"),
         (lambda cells: cells.append(code("draw(x);  # quiet")), "cell 7: a trailing ';'"),
