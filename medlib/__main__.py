@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     phantoms.add_argument("--size", choices=("small", "full"), default="small", help="full: as large as real scans")
     phantoms.set_defaults(command=command_phantoms)
 
-    sweep = commands.add_parser("sweep", help="methods x ablations x patients x seeds, one record a run, resumable")
+    sweep = commands.add_parser("sweep", help="methods x settings x patients x seeds, one record a run, resumable")
     sweep.add_argument("dataset", help="data set, such as acdc")
     sweep.add_argument("root", type=Path, help="its folder")
     sweep.add_argument("--methods", nargs="+", required=True, metavar="NAME", help="names as in medlib.methods")
@@ -78,6 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--ablation", nargs="+", action="append", default=[], metavar=("NAME", "SETTING=VALUE"),
         help="a row of an ablation table: its name in the records' names, and what is set in it; may be repeated",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--vary", nargs="+", action="append", default=[], metavar=("SETTING", "VALUE"),
+        help="a setting and its values, each with every ablation and every other varied setting; may be repeated",
     )  # fmt: skip
     sweep.add_argument("--protocol", default="common", help="patient lists: common, or published ones")
     sweep.add_argument("--name", default="", help="tells runs with other settings apart")
@@ -173,8 +177,9 @@ def command_sweep(options: argparse.Namespace) -> int:
     from medlib.sweep import Sweep
 
     grid = {name: value for name, value in vars(options).items() if name not in ("command", "setting", "ablation")}
-    settings = {name: read_value(text) for name, text in options.setting}
-    Sweep(**grid, settings=settings, ablations=read_ablations(options.ablation)).run()
+    grid |= {"settings": {name: read_value(text) for name, text in options.setting}}
+    grid |= {"ablations": read_ablations(options.ablation), "vary": read_varied(options.vary)}
+    Sweep(**grid).run()
     return 0
 
 
@@ -188,6 +193,14 @@ def read_ablations(rows: Sequence[Sequence[str]]) -> dict[str, dict[str, object]
             raise ValueError(f"--ablation {name}: write each setting as SETTING=VALUE, got {wrong[0]!r}")
         ablations[name] = {setting: read_value(text) for setting, _, text in (pair.partition("=") for pair in pairs)}
     return ablations
+
+
+def read_varied(rows: Sequence[Sequence[str]]) -> dict[str, list[object]]:
+    """The values of each varied setting, from rows SETTING VALUE ..."""
+    names = [name for name, *_ in rows]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--vary {twice[0]}: give all its values at once")
+    return {name: [read_value(text) for text in values] for name, *values in rows}
 
 
 def command_record(options: argparse.Namespace) -> int:

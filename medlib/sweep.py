@@ -1,4 +1,4 @@
-"""Many runs of one comparison: methods x ablations x labelled patients x seeds, one record each, resumable."""
+"""Many runs of one comparison: methods x settings x labelled patients x seeds, one record each, resumable."""
 
 import itertools
 import re
@@ -30,6 +30,7 @@ class Sweep:
         settings: what all its methods are built with, on top of ``scale``; ``name`` tells such runs apart.
         ablations: another axis: by name, settings on top of those. A run is the one that its name (behind ``name`` and
             a +) and its settings would make without this axis; they share records.
+        vary: further axes: values by the name of a setting. The name of a run then ends in +setting=value.
         records: folder of the records; a run that has one is not run again.
         output_dir: folder of the checkpoints, which runs share where their inputs agree.
         protocol: which patient lists, see `medlib.data.split_cases`.
@@ -50,6 +51,7 @@ class Sweep:
     recompute: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     ablations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     name: str = ""
     protocol: str = "common"
     phantom: bool = False
@@ -109,12 +111,17 @@ class Sweep:
             print(f"[{number}/{len(grid)}] {path.name}: validation Dice {dice:.3f}, {took:.0f} s", flush=True)
 
     def __post_init__(self) -> None:
-        for name in (self.name, *self.ablations):
+        varied = [f"{setting}={value}" for setting, values in self.vary.items() for value in values]
+        for name in (self.name, *self.ablations, *varied):
             if not re.fullmatch(r"[\w.=+]*", name):
                 raise ValueError(f"name becomes part of file names: letters, digits and ._=+ only, got {name!r}")
-        for row in (self.settings, *self.ablations.values()):
-            if odd := sorted({"name", "scale"} & row.keys()):
+        for row in (self.settings, *self.ablations.values(), self.vary):
+            if odd := sorted({"name", "scale", "seed", "labelled"} & row.keys()):
                 raise ValueError(f"{', '.join(odd)} is no setting of a method: use the sweep's own option")
+            if row is not self.vary and (twice := sorted(self.vary.keys() & row.keys())):
+                raise ValueError(f"{', '.join(twice)} is both varied and set")
+        if empty := [name for name, values in self.vary.items() if not values]:
+            raise ValueError(f"{', '.join(empty)} is varied without a value")
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         for each in itertools.product(self.methods, self._rows(), self.labelled, self.seeds):
@@ -124,11 +131,14 @@ class Sweep:
             raise ValueError(f"seeds must be 0 or more, got {list(self.seeds)}")
 
     def _rows(self) -> dict[str, dict[str, Any]]:
-        """The settings by name, one entry an ablation."""
-        rows = self.ablations or {"": {}}
-        return {
-            "+".join(part for part in (self.name, row) if part): {**self.settings, **own} for row, own in rows.items()
-        }
+        """The settings by name, one entry for each ablation with each combination of what varies."""
+        rows = {}
+        for row, own in (self.ablations or {"": {}}).items():
+            for values in itertools.product(*self.vary.values()):
+                varied = dict(zip(self.vary, values, strict=True))
+                parts = (self.name, row, *(f"{setting}={value}" for setting, value in varied.items()))
+                rows["+".join(part for part in parts if part)] = {**self.settings, **own, **varied}
+        return rows
 
     @property
     def _drawn(self) -> bool:
