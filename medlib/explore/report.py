@@ -12,7 +12,7 @@ from medlib.data.check import Report, Summary
 from medlib.explore import pixels
 from medlib.explore.show import browser_found
 from medlib.explore.style import FONT, INK, MUTED, TEMPLATE
-from medlib.paths import make_folder
+from medlib.paths import make_folder, written_whole
 
 FORMATS = (".html", ".png", ".pdf", ".svg")
 _WIDTH, _LEFT, _TOP, _FOOT = 1000, 40, 96, 60
@@ -152,9 +152,12 @@ def write_page(figure: go.Figure, path: Path) -> None:
     """
     check_target(path)
     if path.suffix == ".html":
-        figure.write_html(path, include_plotlyjs=True)
+        with written_whole(path) as unfinished:
+            figure.write_html(unfinished, include_plotlyjs=True)
         return
     import kaleido  # type: ignore[import-untyped]
 
     size = {"width": figure.layout.width, "height": figure.layout.height, "scale": 2}
-    path.write_bytes(kaleido.calc_fig_sync(json.loads(figure.to_json()), opts={"format": path.suffix[1:], **size}))
+    picture = kaleido.calc_fig_sync(json.loads(figure.to_json()), opts={"format": path.suffix[1:], **size})
+    with written_whole(path) as unfinished:
+        unfinished.write_bytes(picture)
