@@ -39,11 +39,12 @@ def shorten(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A file of the same suffix beside ``path`` to write to. It takes the place of ``path`` in one step, on the disk.
+    """A new name beside ``path`` to write to, with its suffix; the file then takes the place of ``path`` in one step.
 
-    Where the block raises, or is killed, ``path`` is what it was: nobody ever reads half a file.
+    Where the block raises, or is killed, ``path`` is what it was: nobody ever reads half a file. What a killed process
+    leaves begins with ``.unfinished-`` and can be deleted.
     """
-    unfinished = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex}{path.suffix}")
     try:
         yield unfinished
         with open(unfinished, "rb") as file:

@@ -111,17 +111,25 @@ class Sweep:
             print(f"[{number}/{len(grid)}] {path.name}: validation Dice {dice:.3f}, {took:.0f} s", flush=True)
 
     def __post_init__(self) -> None:
-        varied = [f"{setting}={value}" for setting, values in self.vary.items() for value in values]
-        for name in (self.name, *self.ablations, *varied):
+        for name in (self.name, *self.ablations):
             if not re.fullmatch(r"[\w.=+]*", name):
                 raise ValueError(f"name becomes part of file names: letters, digits and ._=+ only, got {name!r}")
+        for setting, values in self.vary.items():
+            if isinstance(values, str) or not values:
+                raise ValueError(f"{setting} is varied without values: name at least one")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{setting} takes a value twice: {list(values)}")
+            for value in values:
+                if not re.fullmatch(r"[\w.-]+", str(value)):
+                    raise ValueError(
+                        f"{setting} cannot be varied to {value!r}, which does not fit into a file name: "
+                        f"write --ablation NAME {setting}=VALUE"
+                    )
         for row in (self.settings, *self.ablations.values(), self.vary):
             if odd := sorted({"name", "scale", "seed", "labelled"} & row.keys()):
                 raise ValueError(f"{', '.join(odd)} is no setting of a method: use the sweep's own option")
             if row is not self.vary and (twice := sorted(self.vary.keys() & row.keys())):
                 raise ValueError(f"{', '.join(twice)} is both varied and set")
-        if empty := [name for name, values in self.vary.items() if not values]:
-            raise ValueError(f"{', '.join(empty)} is varied without a value")
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         for each in itertools.product(self.methods, self._rows(), self.labelled, self.seeds):

@@ -435,13 +435,11 @@ class _Loop:
                     "number, and was not kept. A lower learning rate is the usual cure."
                 )
             state = {name: state[name] for name in ("step", "seconds", "networks")}
-        with written_whole(self.folder / CHECKPOINT) as unfinished:
-            torch.save(state, unfinished)
+        _save(state, self.folder / CHECKPOINT)
 
     def _keep(self) -> None:
         if self.step in self.keep and self.fabric.is_global_zero:
-            with written_whole(self.folder / _kept(self.step)) as unfinished:
-                torch.save({"networks": self.networks.state_dict()}, unfinished)
+            _save({"networks": self.networks.state_dict()}, self.folder / _kept(self.step))
 
     def _load(self) -> dict[str, Any] | None:
         path = self.folder / CHECKPOINT
@@ -530,3 +528,9 @@ def _object(text: str) -> dict[str, Any]:
 
 def _kept(step: int) -> str:
     return f"step-{step}.pt"
+
+
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    """``torch.save``, whole or not at all, and equal states as equal files: PyTorch would write a path into them."""
+    with written_whole(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(state, file)

@@ -66,12 +66,12 @@ def test_ablations_are_the_runs_that_their_names_and_settings_would_make(root, t
 def test_varied_settings_meet_every_ablation_and_one_another(root, tmp_path):
     call = ["--methods", "coral", "--labelled", "1", "--seeds", "0", "-s", "finetune_steps", "1", "--name", "grid"]
     rows = ["--ablation", "ice", "frozen=True", "--ablation", "free", "frozen=False"]
-    varied = ["--vary", "pretrain_steps", "1", "2", "--vary", "temperature", "0.1", "0.5"]
+    varied = ["--vary", "pretrain_steps", "1", "2", "--vary", "temperature", "0.00001", "0.5"]
     assert sweep(root, tmp_path, *call, *rows, *varied) == 0
     found = {path.name: read_record(path).settings for path in (tmp_path / "records").iterdir()}
     expected = {
         f"coral-grid+{row}+pretrain_steps={steps}+temperature={t}-1p-s0.record.json": (row == "ice", steps, t, 1)
-        for row in ("ice", "free") for steps in (1, 2) for t in (0.1, 0.5)
+        for row in ("ice", "free") for steps in (1, 2) for t in (1e-05, 0.5)
     }  # fmt: skip
     names = ("frozen", "pretrain_steps", "temperature", "finetune_steps")
     assert {name: tuple(s[each] for each in names) for name, s in found.items()} == expected
@@ -97,9 +97,10 @@ def test_varied_settings_meet_every_ablation_and_one_another(root, tmp_path):
         (["--methods", "coral", "--labelled", "1", "--ablation", "../up"], "name becomes part of file names"),
         (["--methods", "coral", "--labelled", "1", "--vary", "temprature", "1"], "did you mean 'temperature'"),
         (["--methods", "coral", "--labelled", "1", "--vary", "temperature", "cold"], "temperature must be float"),
-        (["--methods", "coral", "--labelled", "1", "--vary", "temperature"], "temperature is varied without a value"),
+        (["--methods", "coral", "--labelled", "1", "--vary", "temperature"], "temperature is varied without values"),
         (["--methods", "coral", "--labelled", "1", *["--vary", "frozen", "True"] * 2], "give all its values at once"),
-        (["--methods", "coral", "--labelled", "1", "--vary", "frozen", "(1,)"], "name becomes part of file names"),
+        (["--methods", "coral", "--labelled", "1", "--vary", "frozen", "(1,)"], "write --ablation NAME frozen=VALUE"),
+        (["--methods", "coral", "--labelled", "1", "--vary", "temperature", "1", "1.0"], "takes a value twice"),
         (["--methods", "coral", "--labelled", "1", "--vary", "seed", "1", "2"], "seed is no setting of a method"),
         (
             ["--methods", "coral", "--labelled", "1", "--ablation", "on", "frozen=True", "--vary", "frozen", "False"],

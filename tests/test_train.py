@@ -20,7 +20,7 @@ from medlib.methods import build
 from medlib.methods.baselines import Supervised
 from medlib.methods.pretraining import _Pretraining
 from medlib.paths import PROJECT
-from medlib.train import NonFiniteLoss, StopTraining, Trained, make_fabric, train
+from medlib.train import NonFiniteLoss, StopTraining, Trained, _save, make_fabric, train
 from tests.tiny import SETTINGS, training_data
 
 
@@ -274,8 +274,15 @@ def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="no space"):
         run("supervised", tmp_path, finetune_steps=3)
-    assert not list(tmp_path.rglob("checkpoint.pt?*"))
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"checkpoint.pt", "metrics.jsonl", "stage.json", "lock"}
     assert len(list(tmp_path.rglob("checkpoint.pt"))) == 1
+
+
+def test_equal_states_are_equal_files(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        _save({"networks": {"weight": torch.arange(3.0)}}, tmp_path / name)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
 
 def test_what_a_stage_leaves_behind(tmp_path):

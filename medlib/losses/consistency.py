@@ -70,15 +70,20 @@ def uncertainty_threshold(ramp: Tensor, classes: int) -> Tensor:
 def cross_pseudo_supervision_loss(first_logits: Tensor, second_logits: Tensor, confidence: float = 0.0) -> Tensor:
     """Each network learns the other's decisions: CE(first, argmax second) + CE(second, argmax first), in nats.
 
-    ``first_logits``, ``second_logits`` (B, C, ...); each cross-entropy is a mean over pixels. A decision with a
-    probability below ``confidence``, in [0, 1), is not looked at: 0, as in the paper, takes all.
+    ``first_logits``, ``second_logits`` (B, C, ...). A decision with a probability below ``confidence``, in [0, 1), is
+    not looked at: 0, as in the paper, takes all. Each cross-entropy is a mean over the pixels looked at.
     Source: CPS (Chen et al., CVPR 2021), eq. 3 (section 3.1).
     """
     _check_alike(first_logits=first_logits, second_logits=second_logits)
-    if not 0 <= confidence < 1:
-        raise ValueError(f"confidence must be in [0, 1), got {confidence}")
+    check_confidence(confidence)
     first, second = (_decisions(logits.detach(), confidence) for logits in (first_logits, second_logits))
     return cross_entropy_loss(first_logits, second) + cross_entropy_loss(second_logits, first)
+
+
+def check_confidence(confidence: float) -> None:
+    """Raise ``ValueError`` unless ``confidence`` is in [0, 1)."""
+    if not 0 <= confidence < 1:
+        raise ValueError(f"confidence must be in [0, 1), got {confidence}")
 
 
 def _decisions(logits: Tensor, confidence: float) -> Tensor:
@@ -110,6 +115,8 @@ def pseudo_label_loss(logits: Tensor, labels: Tensor, confidence: Tensor, thresh
     """
     if confidence.shape != labels.shape:
         raise ValueError(f"confidence must be {tuple(labels.shape)} as labels, got {tuple(confidence.shape)}")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
     check_labels(logits, labels)
     labels = labels.long()  # before any comparison: a uint8 of 255 is not -1
     there = labels != -1

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from medlib.losses.consistency import cross_pseudo_supervision_loss
+from medlib.losses.consistency import check_confidence, cross_pseudo_supervision_loss
 from medlib.losses.contrastive import check_mask, check_shapes, check_temperature, full_precision, unit_vectors
 from medlib.losses.segmentation import cross_entropy_loss
 
@@ -266,6 +266,7 @@ def cross_consistency_loss(
     Source: IDEAL eq. 3.
     """
     check_shapes(first_logits=(first_logits, "BKHW"), second_logits=(second_logits, "BKHW"))
+    check_confidence(confidence)
     if labels is None:
         return cross_pseudo_supervision_loss(first_logits, second_logits, confidence)
     return cross_entropy_loss(first_logits, labels) + cross_entropy_loss(second_logits, labels)

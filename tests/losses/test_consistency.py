@@ -105,6 +105,17 @@ def test_cross_pseudo_supervision_golden():
     assert loss.item() == pytest.approx(forth + back, rel=1e-12)
 
 
+def test_a_decision_below_the_confidence_is_not_looked_at():
+    first, second = pixels((3 / 4, 1 / 4), (1 / 3, 2 / 3)).log(), pixels((1 / 5, 4 / 5), (9 / 10, 1 / 10)).log()
+    forth = (math.log(4) + math.log(3)) / 2  # both decisions of the second are sure enough, 4/5 and 9/10
+    back = math.log(5)  # of the first only 3/4 is
+    assert cross_pseudo_supervision_loss(first, second, 0.7).item() == pytest.approx(forth + back, rel=1e-12)
+    first.requires_grad_()
+    nobody = cross_pseudo_supervision_loss(first, second, 0.95)
+    nobody.backward()
+    assert nobody.item() == 0 and not first.grad.any()
+
+
 def test_pseudo_labels_golden():
     """Two images of two pixels: one sure of half of its pixels, one of all that have a label."""
     logits = torch.tensor([[[[0.0, 0.0]], [[0.0, 2.0]]], [[[1.0, 5.0]], [[0.0, -5.0]]]])  # (2, 2, 1, 2)
@@ -336,6 +347,7 @@ def test_a_label_of_255_is_no_pixel_left_out():
         (lambda x: cross_pseudo_supervision_loss(x, x, 1.0), r"confidence must be in \[0, 1\), got 1.0"),
         (lambda x: pseudo_label_loss(x, x[:, 0].long(), x[:1, 0]), r"confidence must be \(2, 4, 4\) .* \(1, 4, 4\)"),
         (lambda x: pseudo_label_loss(x, x[:, 0], x[:, 0]), "labels are class ids"),
+        (lambda x: pseudo_label_loss(x, x[:, 0].long(), x[:, 0], math.nan), r"threshold must be in \[0, 1\], got nan"),
         (lambda x: entropy_minimization_loss(x[:, 0, 0]), r"logits \(2, 4\)"),
         (lambda x: interpolation_consistency_loss(x, x, x[:1], x[:, 0, 0, 0]), r"second \(1, 3, 4, 4\)"),
         (lambda x: interpolation_consistency_loss(x, x, x, x[:1, 0, 0, 0]), "share"),

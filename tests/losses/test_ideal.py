@@ -150,6 +150,8 @@ def test_a_pseudo_label_below_the_confidence_is_not_looked_at():
     for wrong in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="confidence must be in"):
             cross_consistency_loss(first, second, confidence=wrong)
+        with pytest.raises(ValueError, match="confidence must be in"):
+            cross_consistency_loss(first, second, labels, confidence=wrong)
 
 
 def test_cross_consistency_golden():

@@ -115,6 +115,21 @@ def test_gradients_are_those_of_finite_differences_and_the_students_alone(neighb
     assert torch.autograd.gradcheck(lambda q: prediction_loss(q, target), query)
 
 
+# --- the value at collapse -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filled", [1, 4, 6])
+def test_collapsed_embeddings_cost_what_a_guess_costs(filled):
+    """All alike: the positive is one of 1 + K equal candidates, each neighbour another; BYOL has nothing to learn."""
+    query, queue = torch.ones(3, 5, dtype=torch.float64), torch.ones(6, 5, dtype=torch.float64)
+    valid = torch.arange(6) < filled
+    guess = math.log(1 + filled)
+    assert queue_contrastive_loss(query, query, queue, valid=valid).item() == pytest.approx(guess, rel=1e-12)
+    with_neighbors = queue_contrastive_loss(query, query, queue, valid=valid, neighbors=3)
+    assert with_neighbors.item() == pytest.approx((1 + NEIGHBOR_WEIGHT) * guess, rel=1e-12)
+    assert prediction_loss(query, 7 * query).item() == pytest.approx(0, abs=1e-14)
+
+
 # --- degenerate and extreme ------------------------------------------------------------------------------------------
 
 

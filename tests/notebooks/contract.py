@@ -176,12 +176,12 @@ def has_summary(path: Path, notebook: Notebook) -> Iterator[str]:
 
 
 def answers_are_folded(path: Path, notebook: Notebook) -> Iterator[str]:
-    """After a "Predict" the number, in bold, is behind a click: <details> ... </details>."""
+    """After a "Predict" the number, in bold or with six digits, is behind a click: <details> ... </details>."""
     for index, cell in enumerate(notebook["cells"]):
         _, asked, rest = source(cell).partition("Predict")
         if cell["cell_type"] == "markdown" and asked:
             bare = re.sub(r"<details>.*?</details>", "", rest, flags=re.DOTALL)
-            if told := re.search(r"\*\*[−-]?\d+\.\d{3,}\*\*", bare):
+            if told := re.search(r"\*\*[−-]?\d+\.\d{3,}\*\*|\d\.\d{6,}", bare):
                 yield f"cell {index} asks for a prediction and tells {told[0]} at once: fold it into <details>"
 
 
