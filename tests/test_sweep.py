@@ -66,14 +66,14 @@ def test_ablations_are_the_runs_that_their_names_and_settings_would_make(root, t
 def test_varied_settings_meet_every_ablation_and_one_another(root, tmp_path):
     call = ["--methods", "coral", "--labelled", "1", "--seeds", "0", "-s", "finetune_steps", "1", "--name", "grid"]
     rows = ["--ablation", "ice", "frozen=True", "--ablation", "free", "frozen=False"]
-    varied = ["--vary", "pretrain_steps", "1", "2", "--vary", "temperature", "0.00001", "0.5"]
+    varied = ["--vary", "pretrain_steps", "1", "2", "--vary", "pretrain_learning_rate", "0.00001", "0.5"]
     assert sweep(root, tmp_path, *call, *rows, *varied) == 0
     found = {path.name: read_record(path).settings for path in (tmp_path / "records").iterdir()}
     expected = {
-        f"coral-grid+{row}+pretrain_steps={steps}+temperature={t}-1p-s0.record.json": (row == "ice", steps, t, 1)
-        for row in ("ice", "free") for steps in (1, 2) for t in (1e-05, 0.5)
+        f"coral-grid+{row}+pretrain_steps={n}+pretrain_learning_rate={lr}-1p-s0.record.json": (row == "ice", n, lr, 1)
+        for row in ("ice", "free") for n in (1, 2) for lr in (1e-05, 0.5)
     }  # fmt: skip
-    names = ("frozen", "pretrain_steps", "temperature", "finetune_steps")
+    names = ("frozen", "pretrain_steps", "pretrain_learning_rate", "finetune_steps")
     assert {name: tuple(s[each] for each in names) for name, s in found.items()} == expected
     assert len(list((tmp_path / "runs" / "stages").glob("coral-pretrain-*"))) == 4
 
