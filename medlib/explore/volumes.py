@@ -461,7 +461,11 @@ def neighborhood_explorer(
         return planes[kind]
 
     shown = sorted(set(found.classes[found.classes > 0].tolist()))
-    foot = _legend_height(6 + len(shown), _MARK)
+    entries = [(classes[c], colours[c]) for c in shown]
+    grey = [classes[0]] if (found.classes == 0).any() else []
+    if grey := grey + ["unknown"] * bool((found.classes < 0).any()):
+        entries.insert(0, (" or ".join(grey), MUTED))
+    foot = _legend_height(6 + len(entries), _MARK)
     figure = LiveFigure(_board(images.shape[1:], mm, [""], title, left=_LEFT, right=_RIGHT, foot=_SPACE + foot))
     _clickable(figure, images.shape[1:], mm)
     whole = figure.layout.height - _HEAD - _GAP
@@ -493,7 +497,8 @@ def neighborhood_explorer(
             figure.add_trace(go.Scatter(mode="markers", name=name, marker=marker, xaxis=f"x{end}", yaxis=f"y{end}",
                                         hoverinfo="none", showlegend=end == "4", legendgroup=name))  # fmt: skip
 
-    class_legend(figure, ["", *(classes[c] for c in shown)], ["", *(colours[c] for c in shown)], disagreement=False)
+    names, fills = ["", *(name for name, _ in entries)], ["", *(fill for _, fill in entries)]
+    class_legend(figure, names, fills, disagreement=False)
     _legend(figure, _LEFT, _RIGHT)
 
     controls: dict[str, Any] = {

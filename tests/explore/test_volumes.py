@@ -230,6 +230,26 @@ def test_partners_lie_where_they_lie_in_the_scan_and_in_feature_space():
     assert len(shown.twin.to_json()) < 120_000 and len(shown.twin.layout.images) == 3
 
 
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({}, ["background", "liver", "spleen"]),
+        ({0: 1}, ["liver", "spleen"]),
+        ({2: -1}, ["background or unknown", "liver"]),
+        ({0: 1, 2: -1}, ["unknown", "liver"]),
+    ],
+)
+def test_the_legend_names_every_colour_of_the_dots(change, names):
+    voxels = sampled()
+    classes = torch.tensor([change.get(c, c) for c in voxels.classes.tolist()])
+    figure = explorer(voxels._replace(classes=classes)).figures["neighbours"]
+    points = [t for t in figure.data if t.type == "scatter"]
+    squares = [t for t in points if t.marker.symbol == "square" and list(t.x) == [None]]
+    assert [t.name for t in squares] == names
+    dots = {colour for t in points if t.name in ("reliable", "unreliable") for colour in t.marker.color}
+    assert dots == {t.marker.color for t in squares}
+
+
 def test_mutual_is_what_eq_13_says_whatever_the_affinity():
     voxels = sampled()
     figures = [explorer(v).figures["neighbours"] for v in (voxels, voxels._replace(affinity=voxels.affinity * 0 + 1))]
