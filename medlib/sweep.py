@@ -117,14 +117,14 @@ class Sweep:
         for setting, values in self.vary.items():
             if isinstance(values, str) or not values:
                 raise ValueError(f"{setting} is varied without values: name at least one")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{setting} takes a value twice: {list(values)}")
             for value in values:
                 if not re.fullmatch(r"[\w.-]+", str(value)):
                     raise ValueError(
                         f"{setting} cannot be varied to {value!r}, which does not fit into a file name: "
                         f"write --ablation NAME {setting}=VALUE"
                     )
+            if len(set(values)) < len(values):  # of what fits into a name, so that all can be compared
+                raise ValueError(f"{setting} takes a value twice: {list(values)}")
         for row in (self.settings, *self.ablations.values(), self.vary):
             if odd := sorted({"name", "scale", "seed", "labelled"} & row.keys()):
                 raise ValueError(f"{', '.join(odd)} is no setting of a method: use the sweep's own option")

@@ -100,6 +100,7 @@ def test_varied_settings_meet_every_ablation_and_one_another(root, tmp_path):
         (["--methods", "coral", "--labelled", "1", "--vary", "temperature"], "temperature is varied without values"),
         (["--methods", "coral", "--labelled", "1", *["--vary", "frozen", "True"] * 2], "give all its values at once"),
         (["--methods", "coral", "--labelled", "1", "--vary", "frozen", "(1,)"], "write --ablation NAME frozen=VALUE"),
+        (["--methods", "coral", "--labelled", "1", "--vary", "frozen", "[1]"], "write --ablation NAME frozen=VALUE"),
         (["--methods", "coral", "--labelled", "1", "--vary", "temperature", "1", "1.0"], "takes a value twice"),
         (["--methods", "coral", "--labelled", "1", "--vary", "seed", "1", "2"], "seed is no setting of a method"),
         (
