@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from tests.browser.conftest import CORAL, TALL, Lab
-from tests.browser.kernel import FIGURE, OpenNotebook
+from tests.browser.kernel import FIGURE, PATIENCE, OpenNotebook
 
 EXPLORER = "[e for e in Out.values() if type(e).__name__ == 'Explorer' and {!r} in e.controls][0]"
 CONTROLS = "button, input, select, textarea, [role=slider]"  # those of a page; plotly's own buttons come with it
@@ -28,6 +28,16 @@ kept = {{"projection": "PCA", "title": "Many"}}
 explorer = embedding_explorer({{"voxels": features}}, position, patients, thumbnails, **kept)""",
     "shown = time.time()\nexplorer",
 ]
+TOLD = [
+    """from IPython.display import display
+from medlib.explore.live import LiveFigure
+figures = [LiveFigure([{"x": [0, 1], "y": [0, 1]}], {"title.text": f"Figure {i}"}) for i in range(4)]
+display(*figures)""",
+    """for figure in figures:
+    figure.add_scatter(x=[0, 1], y=[2, 3])
+    figure.data[0].y = [4, 5]
+    figure.layout.title.text += ", told\"""",
+]
 PAINTED = f"""async () => {{
     const drawn = () => {{ const one = {FIGURE}("Many"); return one && one.querySelector(".gl-canvas, canvas") &&
         one._fullData && one._fullData[0].x.length === {POINTS} && one._fullLayout.xaxis._offset; }};
@@ -44,13 +54,17 @@ APPEARED = """async (alt) => {
 }"""
 
 
-def opened(lab: Lab, open_page: Callable, name: str, cells: list[str]) -> tuple[OpenNotebook, Any]:
-    """A notebook of ``cells``, open in the browser and running, and what the browser complained about."""
+def opened(lab: Lab, open_page: Callable, name: str, cells: list[str], slower: float = 1) -> tuple[OpenNotebook, Any]:
+    """A notebook of ``cells``, open in the browser and running, and what the browser complained about.
+
+    Once it is open, the page's processor is ``slower`` times as slow.
+    """
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     parts = [nbformat.v4.new_code_cell(cell) for cell in cells]
     nbformat.write(nbformat.v4.new_notebook(cells=parts, metadata={"kernelspec": kernel}), lab.folder / name)
     page, watch = open_page(lab.notebook(name), lab.address, viewport=TALL)
     notebook = OpenNotebook(page)
+    page.context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": slower})
     page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
     return notebook, watch
 
@@ -164,4 +178,15 @@ def test_100_000_points_stay_fluid(lab: Lab, open_page: Callable, capsys: pytest
     with capsys.disabled():
         print(f"\n{POINTS:,} points: first paint after {paint:.2f} s, click to thumbnail {click:.0f} ms")
     assert paint < 60 and click < 10_000, "loosely: other work may share the machine"
+    assert watch.errors == [] and watch.outside == []
+
+
+def test_a_slow_page_hears_all_it_was_told(lab: Lab, open_page: Callable) -> None:
+    """Figures change while their page still loads plotly.js, longer than anywidget waits for a model (2 s)."""
+    notebook, watch = opened(lab, open_page, "told.ipynb", TOLD, slower=4)
+    heard = f"(title) => [...{FIGURE}(title)?._fullData?.at(0)?.y ?? []].join() === '4,5'"
+    for i in range(4):
+        title = f"Figure {i}, told"
+        notebook.page.wait_for_function(heard, arg=title, timeout=PATIENCE)
+        assert notebook.page.evaluate(f"(title) => {FIGURE}(title)._fullData.length", title) == 2
     assert watch.errors == [] and watch.outside == []

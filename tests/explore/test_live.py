@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medlib.explore import embedding_explorer, history_explorer
-from medlib.explore.live import ControlNames, LiveFigure
+from medlib.explore.live import ControlNames, LiveFigure, PlotlyLibrary
 from medlib.rng import numpy_generator
 
 
@@ -27,6 +27,32 @@ def test_the_page_first_hears_of_the_whole_figure() -> None:
     state = live.get_state()
     assert state["_widget_layout"]["height"] == 321 and len(state["_widget_data"]) == 1
     assert list(state["_widget_data"][0]["x"]) == [7, 8, 9]
+
+
+def test_a_page_that_is_loaded_again_hears_of_the_figure_as_it_is() -> None:
+    live = figure()
+    assert live.model_id
+    live.add_scatter(x=[1], y=[1])
+    live.data[0].y, live.layout.title.text = [9, 9, 9], "later"
+    state = live.get_state()
+    assert [trace["y"] for trace in state["_widget_data"]] == [[9, 9, 9], [1]]
+    assert state["_widget_layout"]["title"]["text"] == "later"
+    assert "_widget_data" not in live.get_state("_config"), "a change of one part sends that part"
+
+
+def test_a_figure_opens_where_a_cell_ends_in_it() -> None:
+    live = figure()
+    shown = live._repr_mimebundle_()["application/vnd.jupyter.widget-view+json"]
+    assert live.comm is not None and shown["model_id"] == live.model_id
+
+
+def test_plotly_js_travels_once() -> None:
+    first, second = figure(), figure()
+    assert first.model_id != second.model_id and first._library == second._library
+    assert len(PlotlyLibrary.shared().source) > 1_000_000 > 100 * len(first.get_state()["_esm"])
+    PlotlyLibrary.shared().close()
+    third = figure()
+    assert third.model_id and third._library not in ("", first._library), "a closed library is of no use to a page"
 
 
 def test_a_lassos_outline_goes_and_what_it_held_stays(monkeypatch: pytest.MonkeyPatch) -> None:
