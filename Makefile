@@ -46,8 +46,8 @@ unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 nbval: setup
-	OMP_NUM_THREADS=2 MEDLIB_SCALE=ci $(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout 600 \
-		--nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider notebooks/
+	OMP_NUM_THREADS=1 MEDLIB_SCALE=ci $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --nbval --nbval-current-env \
+		--nbval-cell-timeout 600 --nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider notebooks/
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from medlib.methods.pretraining import _Pretraining
 from medlib.paths import PROJECT
 from medlib.train import NonFiniteLoss, StopTraining, Trained, _save, make_fabric, train
 from tests.tiny import SETTINGS, training_data
+from tests.two_processes import pretrain
 
 
 @pytest.fixture
@@ -330,16 +331,15 @@ def test_an_unknown_or_absent_device_is_refused():
 
 def test_two_processes_learn_what_one_learns(tmp_path):
     """Embeddings are gathered with their gradients: the contrast sees the whole batch on every process."""
-    states = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        command = [sys.executable, "-m", "tests.two_processes", str(processes), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=PROJECT)
-        assert done.returncode == 0, done.stderr[-2000:]
-        states.append(torch.load(folder / "pretrained.pt", weights_only=True))
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, atol=1e-4, rtol=1e-3, msg=name)
+    (alone := tmp_path / "1").mkdir()
+    (together := tmp_path / "2").mkdir()
+    pretrain(1, alone)
+    command = [sys.executable, "-m", "tests.two_processes", "2", str(together)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(folder / "pretrained.pt", weights_only=True) for folder in (alone, together))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_a_diverged_stage_is_not_kept(tmp_path):

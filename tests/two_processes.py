@@ -1,4 +1,4 @@
-"""Run by test_train in one process or two: pre-train CORAL on a network without batch norm and save what it learnt."""
+"""Pre-train CORAL on a network without batch norm, in one process or several, and save what it learnt."""
 
 import sys
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class WithoutBatchNorm(Coral):
         return nn.ModuleDict({"unet": unet, "head": head, "contrast": self.contrast()})
 
 
-if __name__ == "__main__":
-    processes, folder = int(sys.argv[1]), Path(sys.argv[2])
+def pretrain(processes: int, folder: Path) -> None:
+    """Writes what the network learnt to ``folder / "pretrained.pt"``."""
     still = GeometricAugmentation(mirror=0.0, deform=0.0)  # augmentation differs between processes
     method = WithoutBatchNorm(**{**SETTINGS, "finetune_batch": 4}, augmentation=still)
     fabric = make_fabric("cpu", devices=processes)
@@ -34,3 +34,7 @@ if __name__ == "__main__":
     trained = train(method, training_data(), seed=0, output_dir=folder, fabric=fabric, progress=False)
     if fabric.is_global_zero:
         torch.save(trained.state("pretrain"), folder / "pretrained.pt")
+
+
+if __name__ == "__main__":
+    pretrain(int(sys.argv[1]), Path(sys.argv[2]))

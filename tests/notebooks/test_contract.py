@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import papermill
+import papermill.iorw
+import papermill.parameterize
 import pytest
 
 from medlib.paths import NOTEBOOKS
@@ -28,22 +30,21 @@ def test_a_committed_notebook_keeps_the_contract(path: Path) -> None:
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_a_committed_notebook_refuses_an_unknown_parameter(path: Path, tmp_path: Path) -> None:
-    """Run by papermill itself, which only warns; cut after the start, so that it takes seconds."""
-    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'rato'"):
-        papermill.execute_notebook(
-            str(head(path, tmp_path)), str(tmp_path / "out.ipynb"), kernel_name="python3", progress_bar=False,
-            parameters={"rato": 0.2, "output_dir": str(tmp_path)}, execution_timeout=60,
-        )  # fmt: skip
+    refuses(path, tmp_path)
 
 
-def head(path: Path, folder: Path) -> Path:
-    """A copy of the notebook that ends with the cell that calls `start`."""
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    end = next(i for i, cell in enumerate(notebook["cells"]) if "start(globals()" in "".join(cell["source"]))
-    notebook["cells"] = notebook["cells"][: end + 1]
-    cut = folder / path.name
-    cut.write_text(json.dumps(notebook), encoding="utf-8")
-    return cut
+def refuses(path: Path, folder: Path) -> None:
+    """Run as papermill would with a parameter that nobody knows (papermill only warns), the notebook ends early."""
+    notebook = papermill.parameterize.parameterize_notebook(
+        papermill.iorw.load_notebook_node(str(path)),
+        {"rato": 0.2, "output_dir": str(folder)},
+        kernel_name="python3",
+        language="python",
+    )
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    end = next(i for i, source in enumerate(cells) if "start(globals()" in source)
+    with pytest.raises(KeyError, match="unknown parameter 'rato'"):
+        exec("\n".join(cells[: end + 1]), {"__name__": "__main__"})
 
 
 def code(text: str, *outputs: dict, tags: tuple[str, ...] = ()) -> dict:
@@ -196,7 +197,13 @@ def test_every_exercise_needs_its_solution(tmp_path: Path) -> None:
 
 
 def test_an_unknown_parameter_is_refused_by_a_good_notebook_and_not_by_one_that_never_starts(tmp_path: Path) -> None:
-    test_a_committed_notebook_refuses_an_unknown_parameter(write(tmp_path, good()), tmp_path)
+    path = write(tmp_path, good())
+    refuses(path, tmp_path)
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'rato'"):
+        papermill.execute_notebook(
+            str(path), str(tmp_path / "out.ipynb"), kernel_name="python3", progress_bar=False,
+            parameters={"rato": 0.2, "output_dir": str(tmp_path)}, execution_timeout=60,
+        )  # fmt: skip
     careless = write(tmp_path, changed(retext(2, "start(globals())", "1 or 'start(globals())'")))
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
-        test_a_committed_notebook_refuses_an_unknown_parameter(careless, tmp_path)
+        refuses(careless, tmp_path)
