@@ -94,7 +94,7 @@ class LiveFigure(go.FigureWidget):
 
     def _repr_mimebundle_(self, *given: Any, **named: Any) -> Any:
         """What a cell shows that ends in the figure itself."""
-        assert self.model_id  # plotly's asks for a name without opening
+        _ = self.model_id  # plotly's asks for a name without opening
         return super()._repr_mimebundle_(*given, **named)
 
     @observe("_js2py_relayout")

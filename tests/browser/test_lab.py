@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from tests.browser.conftest import CORAL, TALL, Lab
-from tests.browser.kernel import FIGURE, PATIENCE, OpenNotebook
+from tests.browser.kernel import FIGURE, OpenNotebook
 
 EXPLORER = "[e for e in Out.values() if type(e).__name__ == 'Explorer' and {!r} in e.controls][0]"
 CONTROLS = "button, input, select, textarea, [role=slider]"  # those of a page; plotly's own buttons come with it
@@ -187,6 +187,6 @@ def test_a_slow_page_hears_all_it_was_told(lab: Lab, open_page: Callable) -> Non
     heard = f"(title) => [...{FIGURE}(title)?._fullData?.at(0)?.y ?? []].join() === '4,5'"
     for i in range(4):
         title = f"Figure {i}, told"
-        notebook.page.wait_for_function(heard, arg=title, timeout=PATIENCE)
+        notebook.page.wait_for_function(heard, arg=title)
         assert notebook.page.evaluate(f"(title) => {FIGURE}(title)._fullData.length", title) == 2
     assert watch.errors == [] and watch.outside == []
